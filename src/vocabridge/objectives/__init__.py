@@ -1,0 +1,98 @@
+"""The directory is the registry: ``objectives/<name>.py`` is the recipe name ``<name>``.
+
+Names, one-line summaries and config classes are read from the source files without importing them, because importing
+an objective imports torch (seconds) while ``vocabridge validate`` and ``vocabridge objectives`` must answer at once.
+An objective's config class therefore stands on its own: it derives from :class:`ObjectiveConfig` and its body uses
+nothing but ``typing``, ``pydantic`` and ``vocabridge.objectives.config``.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pydantic
+
+from vocabridge.errors import UserError
+from vocabridge.objectives import config as config_module
+from vocabridge.objectives.config import ObjectiveConfig
+from vocabridge.suggest import did_you_mean
+
+if typing.TYPE_CHECKING:
+    from vocabridge.objectives.base import Objective
+
+_NOT_OBJECTIVES = {"__init__", "base", "config"}
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveInfo:
+    """What a listing shows of an objective; everything is read from its file."""
+
+    name: str
+    summary: str
+    """First line of the module docstring."""
+    config_class: type[ObjectiveConfig]
+
+
+def objective_names() -> list[str]:
+    """Names of the built-in objectives, sorted."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _NOT_OBJECTIVES)
+
+
+def objective_info(name: str) -> ObjectiveInfo:
+    """Summary and config class of a built-in objective (``name``) or a user's own (``package.module``).
+
+    Raises:
+        UserError: no such objective.
+    """
+    if "." in name:
+        module = _import_own(name)
+        return ObjectiveInfo(name, (module.__doc__ or name).strip().splitlines()[0], module.Config)
+    return _read_info(_checked(name))
+
+
+def objective_class(name: str) -> type[Objective]:
+    """The class behind a recipe name; imports torch.
+
+    Raises:
+        UserError: no such objective.
+    """
+    module = _import_own(name) if "." in name else importlib.import_module(f"{__name__}.{_checked(name)}")
+    return module.build_class
+
+
+def _checked(name: str) -> str:
+    known = objective_names()
+    if name not in known:
+        raise UserError(f"objective '{name}' is unknown{did_you_mean(name, known)}. Known: {', '.join(known)}.")
+    return name
+
+
+def _import_own(name: str) -> typing.Any:
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"objective '{name}' cannot be imported: {error}.") from error
+    if not hasattr(module, "Config") or not hasattr(module, "build_class"):
+        raise UserError(f"objective module '{name}' must define 'Config' and 'build_class'; see CONTRIBUTING.md.")
+    return module
+
+
+@functools.cache
+def _read_info(name: str) -> ObjectiveInfo:
+    tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+    docstring = ast.get_docstring(tree) or name
+    bases = {key for key, value in vars(config_module).items() if isinstance(value, type)}
+    wanted: list[ast.stmt] = []
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id in bases for base in node.bases):
+            bases.add(node.name)
+            wanted.append(node)
+    module_name = f"{__name__}.{name}"
+    namespace: dict[str, typing.Any] = {**vars(typing), **vars(pydantic), **vars(config_module), "__name__": module_name}
+    exec(compile(ast.Module(wanted, []), f"{name}.py", "exec"), namespace)  # our own source file, not a user's
+    return ObjectiveInfo(name, docstring.splitlines()[0], namespace["Config"])
