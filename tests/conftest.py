@@ -1,0 +1,48 @@
+"""Tokenizers that many tests share: two tiny trained ones, and the real ones that ship in packages."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+sys.path.append(str(Path(__file__).parent))  # importlib mode leaves the path alone; tokenizer_zoo lies here
+
+import real_tokenizers
+import tokenizer_zoo
+
+
+@pytest.fixture(scope="session")
+def tiny_bpe_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, 700 tokens, with pad, eos and bos; no normaliser, no prefix space."""
+    return tokenizer_zoo.byte_level_bpe()
+
+
+@pytest.fixture(scope="session")
+def tiny_sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """SentencePiece-style BPE with byte fallback and a prefix marker (Llama 2), 800 tokens, with pad, eos, bos, unk."""
+    return tokenizer_zoo.sentencepiece_bpe()
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    """SmolLM2's tokenizer from its package; skips when the package is missing."""
+    return real_tokenizers.smollm2(_cache_folder(request))
+
+
+@pytest.fixture(scope="session")
+def gemma_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    """Gemma 3's tokenizer from its package; skips when the package is missing."""
+    return real_tokenizers.gemma(_cache_folder(request))
+
+
+@pytest.fixture(scope="session")
+def minilm_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    """MiniLM's WordPiece tokenizer from its package; skips when the package is missing."""
+    return real_tokenizers.minilm(_cache_folder(request))
+
+
+def _cache_folder(request: pytest.FixtureRequest) -> Path:
+    return Path(request.config.cache.mkdir("vocabridge-tokenizers"))
