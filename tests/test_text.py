@@ -292,6 +292,14 @@ def test_folder_of_jsonl_files(tmp_path, monkeypatch):
         read_examples(tmp_path / "data", split="nosuch")
 
 
+def test_several_sources_are_read_one_after_the_other(tmp_path):
+    first = write(tmp_path / "first.jsonl", *ROWS[:2])
+    second = write(tmp_path / "second.jsonl", *ROWS[2:])
+    assert [example.response for example in read_examples((str(first), second))] == ["A0", "A1", "A2", "A3"]
+    with pytest.raises(UserError, match="no such file"):
+        iter_examples([first, tmp_path / "third.jsonl"])
+
+
 def test_split_of_something_without_splits(tmp_path):
     path = write(tmp_path / "train.jsonl", *ROWS)
     with pytest.raises(UserError, match="a JSON-lines file has no splits"):

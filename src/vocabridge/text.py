@@ -20,7 +20,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,11 @@ class Example:
     source: str
 
 
-ExampleSource = str | PathLike[str] | Iterable[Mapping[str, Any] | Example]
-"""A JSON-lines file, a folder or hub id of ``datasets`` (``name`` or ``name:split``), a dataset, or rows."""
+ExampleSource = str | PathLike[str] | Iterable[Mapping[str, Any] | Example | str | PathLike[str]]
+"""A JSON-lines file, a folder or hub id of ``datasets`` (``name`` or ``name:split``), a dataset, or rows.
+
+A list or tuple of names stands for these sources one after the other.
+"""
 
 
 def read_examples(source: ExampleSource, *, split: str | None = None, limit: int | None = None) -> list[Example]:
@@ -99,6 +102,8 @@ def iter_examples(source: ExampleSource, *, split: str | None = None) -> Iterato
         return _parsed(_named_rows(str(source), split), str(source))
     if isinstance(source, Mapping):
         return _parsed(_indexed_rows(_pick_split(source, "the dataset", split), "rows"), "the dataset")
+    if isinstance(source, list | tuple) and source and all(isinstance(name, str | PathLike) for name in source):
+        return chain(*[iter_examples(name, split=split) for name in source])
     if split is not None:
         raise UserError(f"split {split!r} was given, but the rows given have no splits.")
     return _parsed(_indexed_rows(source, "rows"), "the rows given")
