@@ -1,0 +1,236 @@
+"""Tokenizers and models from a :class:`ModelSpec`; every way it can fail is a :class:`UserError`."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from vocabridge.errors import UserError
+from vocabridge.models.checkpoint import Checkpoint, check_weight_files, find_checkpoint
+from vocabridge.models.lora import add_lora
+from vocabridge.models.spec import ModelSpec, Side, check_side
+
+logger = logging.getLogger(__name__)
+
+_LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
+_MAX_PADDED_ROWS = 1024
+"""More unused rows than this, and than a tenth of the head, mean a wrong tokenizer rather than padding."""
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of ``spec.tokenizer`` or ``spec.model``, with a pad token (the end token where it has none).
+
+    Raises:
+        UserError: nothing to load there, no fast tokenizer, no end token.
+    """
+    name = spec.tokenizer or spec.model
+    checkpoint = find_checkpoint(name)
+    with _as_user_error(f"'{name}': the tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.name, **_hub_options(spec, checkpoint), **_gguf_options(checkpoint)
+        )
+    if not tokenizer.is_fast:
+        raise UserError(f"'{name}' has no fast tokenizer (tokenizer.json), which byte spans need; convert it first.")
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
+        raise UserError(f"'{name}' has no tokenizer files; save the tokenizer there or set the field 'tokenizer'.")
+    if tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of '{name}' has no end token (eos_token), so a response could never end.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(spec: ModelSpec) -> PreTrainedModel:
+    """A causal language model in eval mode on ``spec.device`` (none: the accelerator when there is one).
+
+    Raises:
+        UserError: nothing to load there, not a causal language model, weights missing, device not available.
+    """
+    device = _device(spec.device)
+    model = _load(spec, device)
+    # bitsandbytes places its weights while it loads and refuses to move them.
+    return model if spec.quantization else nn.Module.to(model, device)
+
+
+def load_teacher(spec: ModelSpec) -> PreTrainedModel:
+    """:func:`load_model`, frozen.
+
+    Raises:
+        UserError: as :func:`load_model`, or a setting that only a student has.
+    """
+    check_side(spec, "teacher")
+    return load_model(spec).requires_grad_(False)
+
+
+def load_student(spec: ModelSpec) -> Any:
+    """A trainable model in train mode: a ``PreTrainedModel``, or a ``PeftModel`` around it when ``spec.lora`` is set.
+
+    It stays on the CPU unless ``spec.device`` is set: the Trainer moves it.
+
+    Raises:
+        UserError: as :func:`load_model`, or a setting that only a teacher has, or LoRA targets that do not exist.
+    """
+    check_side(spec, "student")
+    model = load_model(spec if spec.device else spec.model_copy(update={"device": "cpu"}))
+    return (model if spec.lora is None else add_lora(model, spec.lora)).train()
+
+
+def clear_gguf_marks(model: PreTrainedModel) -> None:
+    """Forget that the weights came from a GGUF file, or transformers refuses to save, train and move the model."""
+    for owner, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False  # type: ignore[assignment]  # nn.Module types every attribute as a tensor or a module
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Largest token id + 1: the rows of a head that stand for something. Larger than ``len`` where ids have gaps."""
+    ids: dict[str, int] = tokenizer.get_vocab()
+    return max(ids.values()) + 1
+
+
+def check_tokenizer_matches(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, side: Side) -> int:
+    """Check that every id of the tokenizer has an embedding and that the rest of the embedding is mere padding.
+
+    Returns:
+        Number of embedding rows without a token.
+
+    Raises:
+        UserError: the tokenizer has more ids than the embedding, or so few that it belongs to another model.
+    """
+    num_ids = vocabulary_size(tokenizer)
+    num_rows = model.get_input_embeddings().get_parameter("weight").shape[0]
+    padded = num_rows - num_ids
+    if padded < 0 or padded > max(_MAX_PADDED_ROWS, num_rows // 10):
+        raise UserError(
+            f"{side}: the tokenizer has {num_ids} ids and the model {num_rows} embeddings, so they do not belong "
+            f"together; check {side}.model and {side}.tokenizer."
+        )
+    logger.info("%s: %d tokens, %d padded embedding rows", side, num_ids, padded)
+    return padded
+
+
+def _load(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
+    checkpoint = find_checkpoint(spec.model)
+    check_weight_files(checkpoint)
+    if spec.trust_remote_code:
+        logger.warning("trust_remote_code is on: Python code that ships with '%s' is run on this machine", spec.model)
+    if checkpoint.gguf_file is None:
+        _check_config(spec, checkpoint)
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # annotated as returning no report
+    with _as_user_error(f"'{spec.model}': the model cannot be loaded"):
+        model, report = from_pretrained(
+            checkpoint.name,
+            dtype=spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
+            attn_implementation=spec.attn_implementation,
+            output_loading_info=True,
+            **_hub_options(spec, checkpoint),
+            **_weight_options(spec, checkpoint, device),
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"'{spec.model}' lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...), which would "
+            "start at random values; it is not a complete causal language model."
+        )
+    if model.get_output_embeddings() is None:
+        raise UserError(f"'{spec.model}' ({type(model).__name__}) has no language-model head.")
+    if checkpoint.gguf_file is not None:
+        clear_gguf_marks(model)
+    return model
+
+
+def _check_config(spec: ModelSpec, checkpoint: Checkpoint) -> None:
+    """Refuse from the config alone, before gigabytes are read, what is no causal language model."""
+    with _as_user_error(f"'{spec.model}': config.json cannot be read"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.name, **_hub_options(spec, checkpoint))
+    if spec.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        return
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
+        raise UserError(f"'{spec.model}' is a {config.model_type} model, not a causal language model.")
+    architectures = config.architectures or []
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    if architectures and expected not in architectures:
+        raise UserError(
+            f"'{spec.model}' was saved as {architectures[0]}, without the head of a causal language model "
+            f"({expected}); load and save it with AutoModelForCausalLM."
+        )
+
+
+def _hub_options(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "revision": spec.revision or "main",
+        "trust_remote_code": spec.trust_remote_code,
+        "local_files_only": checkpoint.is_local,
+    }
+
+
+def _gguf_options(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
+
+
+def _weight_options(spec: ModelSpec, checkpoint: Checkpoint, device: torch.device) -> dict[str, Any]:
+    if checkpoint.gguf_file is None:
+        return {"use_safetensors": True, **_quantization_options(spec, device)}
+    if spec.quantization:
+        raise UserError(f"'{spec.model}' is a GGUF file and is unpacked; quantization does not go with it; remove it.")
+    options: dict[str, Any] = {"gguf_file": checkpoint.gguf_file}
+    if hasattr(transformers, "GgufConfig"):
+        # Newer releases keep the weights packed where a kernel for them is installed; those cannot be trained or saved.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return options
+
+
+def _quantization_options(spec: ModelSpec, device: torch.device) -> dict[str, Any]:
+    if spec.quantization is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"quantization: {spec.quantization} needs the package bitsandbytes; install it or remove it.")
+    if device.type != "cuda":
+        raise UserError(f"quantization: {spec.quantization} needs a CUDA device, not '{device}'.")
+    config = transformers.BitsAndBytesConfig(
+        load_in_8bit=spec.quantization == "8bit",
+        load_in_4bit=spec.quantization == "4bit",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA fails an assertion
+        raise UserError(f"device '{name}' is not available here: {_first_line(error)}") from error
+    return device
+
+
+@contextmanager
+def _as_user_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except _LOAD_ERRORS as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,71 @@
+"""What a recipe says about one model; imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vocabridge.errors import UserError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Side = Literal["student", "teacher"]
+
+
+class LoraSpec(BaseModel):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on the student instead of training all of its weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    r: int = Field(16, ge=1)
+    """Rank of each update matrix; higher costs memory and fits more."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability on the adapters' input."""
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Names of the linear layers that get an adapter (``[q_proj, v_proj]``), or ``all-linear`` for all but the head."""
+
+
+class ModelSpec(BaseModel):
+    """The ``student:`` or ``teacher:`` section of a recipe: which model, how it is loaded, how it reads a prompt."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    model: str = Field(min_length=1)
+    """Hub id (``HuggingFaceTB/SmolLM2-135M``), folder with a checkpoint, or path of a ``.gguf`` file."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; none means its main branch."""
+    dtype: Dtype = "auto"
+    """Type of the weights in memory; ``auto`` keeps the checkpoint's own."""
+    device: str | None = None
+    """Where the model runs (``cpu``, ``cuda``, ``cuda:1``); none means the accelerator when there is one."""
+    attn_implementation: str | None = None
+    """Attention kernel of transformers (``eager``, ``sdpa``, ``flash_attention_2``); none lets transformers choose."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model; it can do anything on this machine."""
+    template: Literal["plain", "chat"] = "plain"
+    """How a prompt is rendered: as the plain text it is, or with the tokenizer's chat template."""
+    tokenizer: str | None = None
+    """Hub id, folder or ``.gguf`` file of the tokenizer where it does not come with the model."""
+    lora: LoraSpec | None = None
+    """Adapters to train instead of the weights; student only."""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """Load the weights in 8 or 4 bits with bitsandbytes; teacher only, needs a CUDA device."""
+
+
+def check_side(spec: ModelSpec, side: Side) -> None:
+    """Refuse the fields that have no meaning on ``side``: a setting that is ignored would mislead.
+
+    Raises:
+        UserError: ``lora`` on a teacher or ``quantization`` on a student.
+    """
+    if side == "teacher" and spec.lora is not None:
+        raise UserError(
+            "teacher.lora has no meaning: the teacher is not trained; remove it or move it to student.lora."
+        )
+    if side == "student" and spec.quantization is not None:
+        raise UserError(
+            "student.quantization has no meaning: the student is trained and saved in full precision; remove it, or "
+            "use student.lora to save memory."
+        )
