@@ -73,7 +73,7 @@ def byte_level_bpe(
 
 
 def sentencepiece_bpe(*, vocab_size: int = 800, style: str = "prepend") -> PreTrainedTokenizerFast:
-    """SentencePiece-style BPE with byte fallback; ``style`` is ``prepend``, ``metaspace`` (Llama) or ``replace`` (Gemma)."""
+    """SentencePiece-style BPE with byte fallback; ``style``: ``prepend``, ``metaspace`` (Llama), ``replace`` (Gemma)."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     control = ["<unk>", "<s>", "</s>", "<pad>"]

@@ -1,0 +1,20 @@
+"""Exact alignment of two tokenizations of one text, in UTF-8 bytes.
+
+`byte_spans` and `encode_continuation` encode a text and say which bytes each token covers; `chunk_ids` pairs the token
+ranges of two tokenizers that cover the same bytes; `token_bytes` and `shared_vocabulary` compare vocabularies;
+`check_tokenizer_file` tells whether a tokenizer was loaded as its file says. Nothing here imports torch.
+"""
+
+from vocabridge.alignment.chunks import chunk_ids
+from vocabridge.alignment.spans import EncodedText, byte_spans, encode_continuation
+from vocabridge.alignment.vocabulary import SharedVocabulary, shared_vocabulary, token_bytes
+
+__all__ = [
+    "EncodedText",
+    "SharedVocabulary",
+    "byte_spans",
+    "chunk_ids",
+    "encode_continuation",
+    "shared_vocabulary",
+    "token_bytes",
+]
