@@ -1,0 +1,124 @@
+"""Bits per byte of the reference responses: what a model pays to spell them, comparable across tokenizers.
+
+    bits per byte = - sum over rows of log2 p(response tokens, end token | prompt) / sum over rows of UTF-8 bytes
+
+The end token counts in the numerator (a model should know when to stop) and has no bytes. The first reference of each
+row counts. No sampling is involved, so it is far less noisy than ROUGE-L. A row that does not fit into the context is
+cut like a training row: the tokens that fit and their bytes count, its end token does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UserError
+from ..losses.chunked_head import HeadInput, token_log_probs
+from ..models.forward import forward_side
+from ..models.loading import vocabulary_size
+from ..pairs import IGNORE_INDEX, PairTokenizer, TokenizedSide
+from ..prompts import Template
+from ..text import Example
+from .generation import inference, length_buckets
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceBits:
+    """What a model pays for the references of a file.
+
+    Attributes:
+        bits: negative log2-probability of the supervised tokens, end tokens included.
+        num_bytes: UTF-8 bytes of the responses.
+        num_tokens: supervised tokens.
+        num_cut: rows that were cut to the context.
+        num_skipped: rows whose prompt leaves no room for a response, or that no token stands for.
+    """
+
+    bits: float
+    num_bytes: int
+    num_tokens: int
+    num_cut: int
+    num_skipped: int
+
+    @property
+    def per_byte(self) -> float:
+        """Bits per UTF-8 byte."""
+        return self.bits / self.num_bytes
+
+
+def reference_bits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_length: int,
+    template: Template = "plain",
+    batch_size: int = 16,
+    on_batch: Callable[[int], None] = lambda num_rows: None,
+) -> ReferenceBits:
+    """Bits of the examples' responses under the model; batch size and padding change rounding only.
+
+    Args:
+        model: a causal language model; its dtype and device are kept, log-probabilities are taken in float32.
+        tokenizer: the model's.
+        examples: rows with a response.
+        max_length: most tokens of prompt and response together.
+        template: how prompts are rendered.
+        batch_size: rows of one forward pass.
+        on_batch: called with the number of rows after each forward pass.
+
+    Raises:
+        UserError: no row fits, or the model gives a probability that is no number.
+    """
+    tokenize = PairTokenizer(tokenizer, student_template=template, max_length=max_length)
+    pairs = [tokenize(example) for example in examples]
+    sides = [pair.student for pair in pairs if pair is not None]
+    if not sides:
+        raise UserError(f"no prompt leaves room for a response within {max_length} tokens, the context of the model.")
+    nats, vocab_size = 0.0, vocabulary_size(tokenizer)
+    for indices in length_buckets([len(side.input_ids) for side in sides], batch_size):
+        batch = [sides[index] for index in indices]
+        nats -= _log_prob(model, batch, vocab_size=vocab_size)
+        on_batch(len(batch))
+    if not math.isfinite(nats):
+        raise UserError(
+            "the model gives the references a log-probability that is no finite number; its weights are broken."
+        )
+    return ReferenceBits(
+        bits=nats / math.log(2),
+        num_bytes=sum(int(side.spans[:, 1].max()) for side in sides),
+        num_tokens=sum(len(side.spans) for side in sides),
+        num_cut=sum(pair.truncated for pair in pairs if pair is not None),
+        num_skipped=len(pairs) - len(sides),
+    )
+
+
+def _log_prob(model: PreTrainedModel, sides: Sequence[TokenizedSide], *, vocab_size: int) -> float:
+    """Natural log-probability of all supervised tokens of one batch."""
+    rows = [torch.tensor(side.input_ids) for side in sides]
+    with inference(model):
+        side = forward_side(
+            model,
+            _right_padded(rows, 0).to(model.device),
+            _right_padded([torch.ones_like(row) for row in rows], 0).to(model.device),
+            _right_padded([torch.tensor(side.labels) for side in sides], IGNORE_INDEX).to(model.device),
+            vocab_size=vocab_size,
+        )
+        head = HeadInput(
+            side.hidden_states,
+            side.head.weight,
+            side.head.bias,
+            soft_cap=side.head.soft_cap,
+            logit_scale=side.head.logit_scale,
+        )
+        log_probs = token_log_probs(head, side.labels)
+    return math.fsum(log_probs.tolist())
+
+
+def _right_padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -1,0 +1,287 @@
+"""Evaluation of one model on benchmark files: bits per byte, then generation and scores for every seed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UserError
+from ..models.loading import check_tokenizer_matches, load_model, load_tokenizer, vocabulary_size
+from ..models.spec import ModelSpec
+from ..prompts import PromptRenderer, Template
+from .bits import ReferenceBits, reference_bits
+from .fingerprints import data_fingerprint, model_fingerprint
+from .generation import Generation, GenerationSettings, generate_bucket, length_buckets
+from .metrics import percentage, score_example
+from .plan import PAPER_SEEDS, DataFile, DataFiles, EvaluationPlan, plan_evaluation
+from .results import EvaluationResult, FileResult, SeedScores, domain_average, results_table
+from .run_folder import Manifest, Record, RunFolder
+from .statistics import mean_std
+
+
+def evaluate_model(
+    spec: ModelSpec,
+    data: Sequence[str],
+    *,
+    output_dir: str | PathLike[str] | None = None,
+    seeds: Sequence[int] = PAPER_SEEDS,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 16,
+    limit: int | None = None,
+    in_domain: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> EvaluationResult:
+    """Read the data, load a model and its tokenizer, evaluate, and print the table.
+
+    The arguments are those of :func:`evaluate`; ``output_dir`` None means ``MODEL/evaluation`` for a folder and
+    ``evaluation/NAME`` for anything else.
+
+    Raises:
+        UserError: as :func:`evaluate`, or the model cannot be loaded.
+    """
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
+    )
+    plan = plan_evaluation(data, seeds=seeds, settings=settings, limit=limit, in_domain=in_domain)
+    folder = Path(output_dir) if output_dir is not None else default_output_dir(spec.model)
+    tokenizer = load_tokenizer(spec)
+    model = load_model(spec)
+    check_tokenizer_matches(tokenizer, model, "student")
+    result = _run(model, tokenizer, plan, template=spec.template, path=folder, overwrite=overwrite, name=spec.model)
+    console = Console()
+    console.print(results_table(result))
+    console.print(f"Results and predictions: {folder}", soft_wrap=True, highlight=False)
+    return result
+
+
+def default_output_dir(model: str) -> Path:
+    """Where an evaluation goes when nothing is said: inside a model folder, else under ``evaluation/``.
+
+    >>> default_output_dir("org/small-model").as_posix()
+    'evaluation/org-small-model'
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path / "evaluation"
+    name = path.stem if path.suffix.lower() == ".gguf" else model
+    return Path("evaluation") / re.sub(r"[^\w.-]+", "-", name).strip("-.")
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    files: DataFiles,
+    output_dir: str | PathLike[str],
+    seeds: Sequence[int] = PAPER_SEEDS,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 16,
+    template: Template = "plain",
+    limit: int | None = None,
+    in_domain: Sequence[str] | None = None,
+    overwrite: bool = False,
+    model_name: str = "model",
+) -> EvaluationResult:
+    """Score a model on files of prompts and references.
+
+    Rows without a response are left out and counted; a prompt that leaves no room for ``max_new_tokens`` loses its
+    beginning. Predictions are written as they come, and an evaluation that was interrupted goes on where it stopped:
+    call it again with the same arguments. The files are described in ``evaluation.run_folder``.
+
+    Args:
+        model: a causal language model; dtype and device are kept.
+        tokenizer: the model's.
+        files: paths or dataset names, or a mapping from names to anything ``read_examples`` takes. A path's name in
+            the results is its stem.
+        output_dir: where predictions and results.json go.
+        seeds: one generation of every response each; greedy decoding uses only the first.
+        max_new_tokens: longest response in tokens.
+        temperature: 0 is greedy.
+        top_p: share of the probability mass to sample from.
+        batch_size: rows generated at once.
+        template: how prompts are rendered, ``plain`` or ``chat``.
+        limit: use only the first so many rows of each file.
+        in_domain: names of the in-domain files; None or nothing means the first file.
+        overwrite: discard an earlier evaluation in ``output_dir``.
+        model_name: what the results call the model.
+
+    Raises:
+        UserError: a setting, file or row that cannot be used, or a folder with a different evaluation.
+    """
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
+    )
+    plan = plan_evaluation(files, seeds=seeds, settings=settings, limit=limit, in_domain=in_domain)
+    return _run(model, tokenizer, plan, template=template, path=Path(output_dir), overwrite=overwrite, name=model_name)
+
+
+# --- all files -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluator:
+    """A model with everything that is the same for all files."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    renderer: PromptRenderer
+    settings: GenerationSettings
+    vocab_size: int
+    context: int
+    folder: RunFolder
+    progress: Progress
+
+
+def _run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: EvaluationPlan,
+    *,
+    template: Template,
+    path: Path,
+    overwrite: bool,
+    name: str,
+) -> EvaluationResult:
+    context = _context_length(model, plan.settings)
+    renderer = PromptRenderer(tokenizer, template)
+    manifest = Manifest(
+        model=model_fingerprint(model, tokenizer),
+        settings={**asdict(plan.settings), "template": template, "dtype": str(model.dtype)},
+        data={file.name: data_fingerprint(file.examples) for file in plan.files},
+    )
+    folder = RunFolder(path, manifest, overwrite=overwrite)
+    with _progress() as progress:
+        evaluator = _Evaluator(
+            model, tokenizer, renderer, plan.settings, vocabulary_size(tokenizer), context, folder, progress
+        )
+        files = tuple(_evaluate_file(evaluator, file, plan.seeds) for file in plan.files)
+    result = EvaluationResult(
+        model=name,
+        settings=plan.settings,
+        files=files,
+        in_domain=domain_average([file for file in files if file.in_domain]),
+        out_of_domain=domain_average([file for file in files if not file.in_domain]),
+    )
+    folder.save_results(result.to_json())
+    return result
+
+
+def _context_length(model: PreTrainedModel, settings: GenerationSettings) -> int:
+    """Most tokens of prompt and response together."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    if settings.max_new_tokens >= context:
+        raise UserError(
+            f"evaluation.max_new_tokens is {settings.max_new_tokens}, but the model reads at most {context} tokens, "
+            "prompt included; lower it."
+        )
+    return context
+
+
+def _progress() -> Progress:
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+# --- one file --------------------------------------------------------------------------------------------------------
+
+
+def _evaluate_file(evaluator: _Evaluator, file: DataFile, seeds: Sequence[int]) -> FileResult:
+    bits = _file_bits(evaluator, file)
+    prompts = [evaluator.renderer(example) for example in file.examples]
+    room = evaluator.context - evaluator.settings.max_new_tokens
+    fitting = [prompt[-room:] for prompt in prompts]  # the end of a prompt says that an answer is due
+    scores = tuple(_seed_scores(seed, _predictions(evaluator, file, fitting, seed)) for seed in seeds)
+    return FileResult(
+        name=file.name,
+        in_domain=file.in_domain,
+        num_examples=len(file.examples),
+        num_without_response=file.num_without_response,
+        num_cut_prompts=sum(len(prompt) > room for prompt in prompts),
+        rouge_l=mean_std([score.rouge_l for score in scores]),
+        exact_match=mean_std([score.exact_match for score in scores]),
+        bits_per_byte=bits.per_byte,
+        reference_bits=bits,
+        seeds=scores,
+    )
+
+
+def _file_bits(evaluator: _Evaluator, file: DataFile) -> ReferenceBits:
+    if saved := evaluator.folder.load_bits(file.name):
+        return ReferenceBits(**saved)
+    task = evaluator.progress.add_task(f"{file.name}: bits per byte", total=len(file.examples))
+    bits = reference_bits(
+        evaluator.model,
+        evaluator.tokenizer,
+        file.examples,
+        max_length=evaluator.context,
+        template=evaluator.renderer.template,
+        batch_size=evaluator.settings.batch_size,
+        on_batch=lambda num_rows: evaluator.progress.advance(task, num_rows),
+    )
+    evaluator.folder.save_bits(file.name, asdict(bits))
+    return bits
+
+
+def _predictions(evaluator: _Evaluator, file: DataFile, prompts: Sequence[list[int]], seed: int) -> list[Record]:
+    """Records of all examples, in order; those that an earlier run wrote are kept."""
+    predictions = evaluator.folder.predictions(file.name, seed)
+    records = predictions.load()
+    task = evaluator.progress.add_task(f"{file.name}: seed {seed}", total=len(file.examples), completed=len(records))
+    end_token_ids = sorted({evaluator.renderer.end_token_id, evaluator.tokenizer.eos_token_id})
+    for indices in length_buckets([len(prompt) for prompt in prompts], evaluator.settings.batch_size):
+        if records.keys() >= set(indices):
+            continue
+        # A bucket that was torn is generated whole: the same batch gives the same rounding, hence the same text.
+        generations = generate_bucket(
+            evaluator.model,
+            prompts,
+            indices=indices,
+            settings=evaluator.settings,
+            seed=seed,
+            end_token_ids=end_token_ids,
+            vocab_size=evaluator.vocab_size,
+        )
+        new = [_record(evaluator, file, generation) for generation in generations if generation.index not in records]
+        predictions.append(new)
+        records |= {record["index"]: record for record in new}
+        evaluator.progress.advance(task, len(new))
+    predictions.finish(records)
+    return [records[index] for index in range(len(file.examples))]
+
+
+def _record(evaluator: _Evaluator, file: DataFile, generation: Generation) -> Record:
+    example = file.examples[generation.index]
+    prediction = evaluator.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+    assert isinstance(prediction, str)
+    scores = score_example(prediction, example.references)
+    return {
+        "index": generation.index,
+        "source": example.source,
+        "prompt": example.prompt,
+        "prediction": prediction,
+        "references": list(example.references),
+        "rouge_l": scores.rouge_l,
+        "exact_match": scores.exact_match,
+        "num_tokens": len(generation.token_ids),
+        "finished": generation.finished,
+    }
+
+
+def _seed_scores(seed: int, records: Sequence[Record]) -> SeedScores:
+    return SeedScores(
+        seed=seed,
+        rouge_l=percentage([record["rouge_l"] for record in records]),
+        exact_match=percentage([record["exact_match"] for record in records]),
+        finished=sum(record["finished"] for record in records) / len(records),
+    )
