@@ -1,0 +1,234 @@
+"""The command line; every heavy import sits inside the command that needs it, so ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand
+
+from vocabridge.errors import UserError
+
+if TYPE_CHECKING:
+    from vocabridge.recipe import Recipe
+
+INTERRUPTED = 130
+"""Exit status of a command stopped by Ctrl-C, as shells count it."""
+
+app = typer.Typer(
+    help="Distil a large language model into a small one when the two have different tokenizers and vocabularies.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see recipes/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Replace values of the recipe: training.learning_rate=5e-4"),
+]
+Template = Literal["plain", "chat"]
+
+
+class _ListCommand(TyperCommand):
+    """Lets an option that may be repeated take several words at once: ``--seeds 10 20 30``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat such an option before each word that follows it."""
+        lists = {name for parameter in self.params if getattr(parameter, "multiple", False) for name in parameter.opts}
+        return super().parse_args(ctx, _repeat_options(args, lists))
+
+
+def _repeat_options(args: list[str], lists: set[str]) -> list[str]:
+    """``--seeds 10 20 --limit 3`` -> ``--seeds 10 --seeds 20 --limit 3``.
+
+    >>> _repeat_options(["M", "--seeds", "10", "20", "--limit", "3"], {"--seeds"})
+    ['M', '--seeds', '10', '--seeds', '20', '--limit', '3']
+    """
+    repeated: list[str] = []
+    option = ""
+    for position, word in enumerate(args):
+        if word.startswith("-"):
+            option = word if word in lists else ""
+        elif option and args[position - 1] != option:
+            repeated.append(option)
+        repeated.append(word)
+    return repeated
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit status 2, without a traceback."""
+    try:
+        app(prog_name="vocabridge")
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; without this the interpreter complains again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"vocabridge {version('vocabridge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def distill(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty an existing run folder first.")] = False,
+) -> None:
+    """Distil the teacher into the student as the recipe says."""
+    from vocabridge.recipe import load_recipe
+
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other: one keeps the run folder, the other empties it.")
+    loaded = load_recipe(recipe, overrides or [])
+    _note_unused(loaded)
+    try:
+        from vocabridge.run import distill as run
+
+        result = run(loaded, resume=resume, overwrite=overwrite)
+        if not result.interrupted:
+            print(f"done after {result.steps} steps: {result.run_dir} loads with AutoModelForCausalLM.from_pretrained")
+            return
+    except KeyboardInterrupt:
+        pass
+    words = ["vocabridge", "distill", str(recipe), *(overrides or []), "--resume"]
+    print(f"interrupted; go on with: {shlex.join(words)}", file=sys.stderr)
+    raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def validate(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Check a recipe completely, without loading any model."""
+    from vocabridge.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    _note_unused(loaded)
+    models = loaded.student.model + (f" <- {loaded.teacher.model}" if loaded.teacher else "")
+    print(f"{recipe}: ok: {loaded.objective.name}, {models}, run folder {loaded.training.output_dir}")
+
+
+@app.command()
+def objectives() -> None:
+    """List the objectives that a recipe can name."""
+    from vocabridge.objectives import objective_info, objective_names
+
+    table = Table("name", "what it does", "needs", "use it for", "paper", show_lines=True)
+    for name in objective_names():
+        info = objective_info(name)
+        config = info.config_class
+        table.add_row(
+            f"[bold]{name}[/]", info.summary, ", ".join(config.needs) or "-", config.use_when, config.paper or "-"
+        )
+    Console().print(table)
+
+
+@app.command("inspect-pair")
+def inspect_pair(
+    student: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.")],
+    teacher: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.")],
+    data: Annotated[str, typer.Option(help="JSONL file, datasets folder or hub id whose responses are compared.")],
+    json: Annotated[Path | None, typer.Option(help="Write the report to this file, too.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Examples to look at.")] = 1000,
+    student_template: Annotated[Template, typer.Option(help="How the student sees a prompt.")] = "plain",
+    teacher_template: Annotated[Template, typer.Option(help="How the teacher sees a prompt.")] = "plain",
+    max_length: Annotated[int, typer.Option(min=8, help="Longest row in tokens; longer ones are cut.")] = 512,
+) -> None:
+    """Report how well two tokenizers fit together: overlap, alignment, end tokens, truncation."""
+    from vocabridge.alignment.report import pair_report, render_report
+    from vocabridge.models.loading import load_tokenizer
+    from vocabridge.models.spec import ModelSpec
+    from vocabridge.pairs import PairTokenizer
+    from vocabridge.text import read_examples
+
+    pair_tokenizer = PairTokenizer(
+        load_tokenizer(ModelSpec(model=student)),
+        load_tokenizer(ModelSpec(model=teacher)),
+        student_template=student_template,
+        teacher_template=teacher_template,
+        max_length=max_length,
+    )
+    report = pair_report(pair_tokenizer, read_examples(data, limit=limit))
+    render_report(report)
+    if json:
+        json.write_text(report.to_json(), encoding="utf-8")
+
+
+@app.command(cls=_ListCommand)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Run folder, checkpoint folder, hub id or .gguf file.")],
+    data: Annotated[list[str], typer.Option(help="One or more files: --data a.jsonl b.jsonl")],
+    seeds: Annotated[
+        list[int] | None, typer.Option(help="Sampling seeds: --seeds 10 20 30", show_default="10 20 30 40 50")
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Default: MODEL/evaluation, or evaluations/NAME for a hub model.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of the probability mass sampled from.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated at once.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="First examples of each file only.")] = None,
+    template: Annotated[Template, typer.Option(help="How the model sees a prompt.")] = "plain",
+    in_domain: Annotated[
+        list[str] | None, typer.Option(help="Names of the files that resemble the training data; default: the first.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard results that are there.")] = False,
+) -> None:
+    """Score a model's responses: ROUGE-L and exact match over seeds, bits per byte of the references."""
+    from vocabridge.evaluation.evaluate import PAPER_SEEDS, evaluate_model
+    from vocabridge.evaluation.results import results_table
+    from vocabridge.models.spec import ModelSpec
+
+    path = Path(model)
+    folder = output_dir or (path / "evaluation" if path.is_dir() else Path("evaluations", path.name))
+    try:
+        result = evaluate_model(
+            ModelSpec(model=model, template=template),
+            data,
+            output_dir=folder,
+            seeds=seeds or PAPER_SEEDS,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            batch_size=batch_size,
+            limit=limit,
+            in_domain=in_domain,
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    Console().print(results_table(result))
+    print(f"results and predictions: {folder}")
+
+
+def _note_unused(recipe: Recipe) -> None:
+    if recipe.teacher and "teacher" not in recipe.objective.config.needs:
+        print(f"note: objective '{recipe.objective.name}' does not use the teacher", file=sys.stderr)

@@ -1,0 +1,178 @@
+"""What a recipe holds: one frozen, validated section per stage, in the order of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from vocabridge.errors import UserError
+from vocabridge.models.spec import ModelSpec, check_side
+from vocabridge.objectives.config import ObjectiveConfig
+from vocabridge.recipe.training import TrainingSettings
+from vocabridge.recipe.yaml_text import dump
+from vocabridge.settings import Settings
+from vocabridge.suggest import did_you_mean
+
+
+def _one_or_many(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
+
+
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_many)]
+"""One name or a list of names."""
+
+
+class DataSettings(Settings):
+    """Which text is learned from."""
+
+    train: Annotated[Names, Field(min_length=1)]
+    """JSONL files, ``datasets`` folders or hub ids, read one after the other."""
+    validation: Names = ()
+    """The same for the loss during training; needs ``training.eval_strategy``."""
+    max_length: int = Field(512, ge=8)
+    """Longest prompt and response together, in tokens of each side; longer responses are cut at the same byte."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first so many training examples."""
+    streaming: bool = False
+    """Read the training data while training instead of before; needs ``training.max_steps``."""
+
+
+class ObjectiveSettings(Settings):
+    """``{name: dskd_cma, ...its own settings}``; each objective's config class sits in its file."""
+
+    name: str
+    config: ObjectiveConfig
+
+    def values(self) -> dict[str, Any]:
+        """The section as a recipe writes it."""
+        return {"name": self.name, **self.config.model_dump(mode="json")}
+
+
+class EvaluationSettings(Settings):
+    """What the finished student is measured on, and how it generates."""
+
+    data: Annotated[Names, Field(min_length=1)]
+    """Files to score, each on its own."""
+    in_domain: Names = ()
+    """Names of the files that resemble the training data (first file when left out); the rest is out of domain.
+
+    A file's name is that of ``dolly.jsonl`` without its ending, with the folder in front (``dolly-test`` for
+    ``dolly/test.jsonl``) where two files share it.
+    """
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (10, 20, 30, 40, 50)
+    """Sampling seeds; scores are reported for each, with mean and standard deviation."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest generated response, in tokens."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Share of the probability mass that is sampled from."""
+    batch_size: int = Field(16, ge=1)
+    """Prompts generated at once."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first so many examples of each file."""
+
+    @field_validator("data", "seeds")
+    @classmethod
+    def _once(cls, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        for index, item in enumerate(given):
+            if item in given[:index]:
+                raise ValueError(f"{item} is given twice")
+        return given
+
+
+class Recipe(Settings):
+    """A whole distillation run; made by :func:`vocabridge.recipe.load_recipe` or ``recipe_from_values``."""
+
+    data: DataSettings
+    student: ModelSpec
+    teacher: ModelSpec | None = None
+    objective: ObjectiveSettings
+    training: TrainingSettings
+    evaluation: EvaluationSettings | None = None
+
+    def values(self) -> dict[str, Any]:
+        """Plain values, in pipeline order; :func:`vocabridge.recipe.recipe_from_values` reads them back."""
+        sections = {
+            "data": self.data.model_dump(mode="json"),
+            "student": self.student.model_dump(mode="json"),
+            "teacher": self.teacher and self.teacher.model_dump(mode="json"),
+            "objective": self.objective.values(),
+            "training": self.training.arguments(),
+            "evaluation": self.evaluation and self.evaluation.model_dump(mode="json"),
+        }
+        return {name: section for name, section in sections.items() if section is not None}
+
+    def resolved_yaml(self) -> str:
+        """The recipe with overrides applied, paths resolved and defaults written out, to keep beside the results."""
+        return dump(self.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Two settings that do not go together, told at one of them."""
+
+    key: str
+    problem: str
+
+
+def conflicts(sections: Mapping[str, Any]) -> list[Conflict]:
+    """Impossible pairs among the sections that are present and valid; the others are skipped."""
+    data, student, teacher = sections.get("data"), sections.get("student"), sections.get("teacher")
+    objective, training = sections.get("objective"), sections.get("training")
+    found: list[Conflict] = []
+    if objective and "teacher" in sections and teacher is None and "teacher" in objective.config.needs:
+        problem = f"'{objective.name}' needs a teacher, but the recipe has no 'teacher' section."
+        found.append(Conflict("objective.name", problem))
+    for side, model in (("student", student), ("teacher", teacher)):
+        if model:
+            found += _model_conflicts(side, model, training)
+    if training:
+        found += _training_conflicts(data, training)
+    if evaluation := sections.get("evaluation"):
+        found += _evaluation_conflicts(evaluation)
+    return found
+
+
+def _model_conflicts(side: Any, model: ModelSpec, training: TrainingSettings | None) -> list[Conflict]:
+    found = []
+    try:
+        check_side(model, side)
+    except UserError as error:
+        key, _, problem = str(error).partition(" ")
+        found.append(Conflict(key, problem))
+    if training and Path(training.output_dir).expanduser().resolve() == Path(model.model).expanduser().resolve():
+        problem = f"is the {side}'s own folder '{model.model}', which the run would overwrite; choose another."
+        found.append(Conflict("training.output_dir", problem))
+    return found
+
+
+def _training_conflicts(data: DataSettings | None, training: TrainingSettings) -> list[Conflict]:
+    arguments = training.arguments()
+    max_steps, eval_strategy = arguments.get("max_steps", -1), arguments.get("eval_strategy", "no")
+    found = []
+    if data and data.streaming and max_steps <= 0:
+        problem = "needs training.max_steps: the length of a stream is not known beforehand."
+        found.append(Conflict("data.streaming", problem))
+    if data and eval_strategy != "no" and not data.validation:
+        problem = f"is '{eval_strategy}', but data.validation names no data to evaluate on."
+        found.append(Conflict("training.eval_strategy", problem))
+    return found
+
+
+def _evaluation_conflicts(evaluation: EvaluationSettings) -> list[Conflict]:
+    """Told here because the evaluation comes last: a misspelled name would show after hours of training."""
+    paths = [Path(name).absolute() for name in evaluation.data]
+    known = [name for path in paths for name in (path.stem, f"{path.parent.name}-{path.stem}")]
+    wrong = [name for name in evaluation.in_domain if name not in known]
+    return [
+        Conflict(
+            "evaluation.in_domain",
+            f"names '{name}', which is no data file{did_you_mean(name, known) or '.'} Known: {', '.join(known)}.",
+        )
+        for name in wrong
+    ]
