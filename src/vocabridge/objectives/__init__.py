@@ -3,7 +3,7 @@
 Names, one-line summaries and config classes are read from the source files without importing them, because importing
 an objective imports torch (seconds) while ``vocabridge validate`` and ``vocabridge objectives`` must answer at once.
 An objective's config class therefore stands on its own: it derives from :class:`ObjectiveConfig` and its body uses
-nothing but ``typing``, ``pydantic`` and ``vocabridge.objectives.config``.
+nothing but ``typing``, ``pydantic``, ``vocabridge.objectives.config`` and ``vocabridge.matching.config``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import pydantic
 
 from vocabridge.errors import UserError
+from vocabridge.matching import config as matching_config
 from vocabridge.objectives import config as config_module
 from vocabridge.objectives.config import ObjectiveConfig
 from vocabridge.suggest import did_you_mean
@@ -61,8 +62,13 @@ def objective_class(name: str) -> type[Objective]:
     Raises:
         UserError: no such objective.
     """
+    from vocabridge.objectives.base import Objective
+
     module = _import_own(name) if "." in name else importlib.import_module(f"{__name__}.{_checked(name)}")
-    return module.build_class
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Objective) and value.__module__ == module.__name__:
+            return value
+    raise UserError(f"objective module '{name}' defines no subclass of Objective; see CONTRIBUTING.md.")
 
 
 def _checked(name: str) -> str:
@@ -77,8 +83,8 @@ def _import_own(name: str) -> typing.Any:
         module = importlib.import_module(name)
     except ImportError as error:
         raise UserError(f"objective '{name}' cannot be imported: {error}.") from error
-    if not hasattr(module, "Config") or not hasattr(module, "build_class"):
-        raise UserError(f"objective module '{name}' must define 'Config' and 'build_class'; see CONTRIBUTING.md.")
+    if not hasattr(module, "Config"):
+        raise UserError(f"objective module '{name}' must define a class 'Config'; see CONTRIBUTING.md.")
     return module
 
 
@@ -86,13 +92,19 @@ def _import_own(name: str) -> typing.Any:
 def _read_info(name: str) -> ObjectiveInfo:
     tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
     docstring = ast.get_docstring(tree) or name
-    bases = {key for key, value in vars(config_module).items() if isinstance(value, type)}
+    bases = {"ObjectiveConfig"}
     wanted: list[ast.stmt] = []
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id in bases for base in node.bases):
             bases.add(node.name)
             wanted.append(node)
     module_name = f"{__name__}.{name}"
-    namespace: dict[str, typing.Any] = {**vars(typing), **vars(pydantic), **vars(config_module), "__name__": module_name}
+    namespace: dict[str, typing.Any] = {
+        **vars(typing),
+        **vars(pydantic),
+        **vars(config_module),
+        **vars(matching_config),
+        "__name__": module_name,
+    }
     exec(compile(ast.Module(wanted, []), f"{name}.py", "exec"), namespace)  # our own source file, not a user's
     return ObjectiveInfo(name, docstring.splitlines()[0], namespace["Config"])

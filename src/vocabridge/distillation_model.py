@@ -1,0 +1,93 @@
+"""Everything that is trained, in one module, so that DDP, FSDP and DeepSpeed see every trained parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from vocabridge.errors import UserError
+from vocabridge.losses.terms import LossTerm
+from vocabridge.models.forward import SideForward, forward_side
+from vocabridge.objectives.base import ForwardPair, Objective
+from vocabridge.pairs import PairBatch
+
+
+class NonFiniteLoss(UserError):
+    """A loss term became NaN or infinite; training stops instead of going on with ruined weights."""
+
+
+class DistillationModel(nn.Module):
+    """Student and objective (projectors, discriminator). The teacher is frozen and stays outside."""
+
+    accepts_loss_kwargs = True
+    """Tells ``transformers.Trainer`` that losses are divided by counts over the whole optimizer step."""
+
+    def __init__(self, student: nn.Module, objective: Objective, *, vocab_size: int | None = None):
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.vocab_size = vocab_size
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The student's configuration; DeepSpeed and the trainer read it."""
+        return self.student.config
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Delegates to the student."""
+        self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+
+    def forward(
+        self, batch: PairBatch, teacher: SideForward | None, step_counts: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one micro-batch as its share of the whole optimizer step.
+
+        Args:
+            batch: plain tensors of the collator.
+            teacher: the teacher's packed supervised positions, or None.
+            step_counts: by unit, how many positions the whole optimizer step has over ranks and accumulation.
+
+        Returns:
+            The loss (a scalar) and, by name, ``[sum, count]`` pairs for the log, detached.
+
+        Raises:
+            NonFiniteLoss: names the term that is NaN or infinite.
+        """
+        student = forward_side(
+            self.student, batch["input_ids"], batch["attention_mask"], batch["labels"], vocab_size=self.vocab_size
+        )
+        terms = self.objective(ForwardPair(student, teacher), batch)
+        loss = torch.stack([term.weight * term.sum / step_counts[term.unit] for term in terms.values()]).sum()
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(_name_culprit(terms))
+        return loss, _tally(terms)
+
+
+def _tally(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:
+    ratios = {f"loss/{name}": (term.sum, term.count) for name, term in terms.items()}
+    for term in terms.values():
+        ratios |= {name: (ratio.sum, ratio.count) for name, ratio in term.metrics.items()}
+    device = next(iter(terms.values())).sum.device
+    return {
+        name: torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in pair])
+        for name, pair in ratios.items()
+    }
+
+
+def _name_culprit(terms: Mapping[str, LossTerm]) -> str:
+    bad = [name for name, term in terms.items() if not torch.isfinite(term.sum)]
+    parts = [
+        part
+        for name in bad
+        for part, ratio in terms[name].metrics.items()
+        if not torch.isfinite(torch.as_tensor(ratio.sum))
+    ]
+    detail = f" (in {', '.join(parts)})" if parts else ""
+    return (
+        f"loss term '{', '.join(bad)}'{detail} is not finite, so training stops; "
+        "lower the learning rate, train in float32 or bfloat16 instead of float16, or check the data of this step."
+    )

@@ -1,0 +1,44 @@
+"""Where the teacher's signal comes from, hidden behind one call."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from vocabridge.models.forward import SideForward, teacher_side
+from vocabridge.pairs import PairBatch
+
+
+class TeacherSignal(Protocol):
+    """Anything that gives the teacher's supervised positions for a batch."""
+
+    def __call__(self, batch: PairBatch) -> SideForward:
+        """The packed supervised positions of the batch's teacher side, without gradient."""
+        ...
+
+
+class LiveTeacher:
+    """A frozen model that runs for every batch, in its own dtype and on its own device."""
+
+    def __init__(self, model: PreTrainedModel, *, vocab_size: int | None = None):
+        self.model = model.eval().requires_grad_(False)
+        self.vocab_size = vocab_size
+
+    def to(self, device: torch.device) -> None:
+        """Move the model, unless it is quantised or already spread over devices."""
+        if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
+            self.model.to(device)
+
+    def __call__(self, batch: PairBatch) -> SideForward:
+        """Run the trunk on the teacher's tokens; autocast of the student's training does not reach it."""
+        device = batch["teacher_input_ids"].device
+        with torch.autocast(device.type, enabled=False):
+            return teacher_side(
+                self.model,
+                batch["teacher_input_ids"],
+                batch["teacher_attention_mask"],
+                batch["teacher_labels"],
+                vocab_size=self.vocab_size,
+            )

@@ -1,0 +1,97 @@
+"""What every objective is: a module that turns one forward of both models into loss sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from vocabridge.losses.chunked_head import HeadInput
+from vocabridge.losses.terms import LossTerm, Ratio
+from vocabridge.models.forward import SideForward
+from vocabridge.objectives.config import ObjectiveConfig
+from vocabridge.pairs import PairBatch
+
+__all__ = [
+    "ForwardPair",
+    "LossTerm",
+    "Objective",
+    "ObjectiveSetup",
+    "Ratio",
+    "head_input",
+    "require_teacher",
+]
+
+@dataclass(frozen=True, slots=True)
+class ForwardPair:
+    """Both models' packed supervised positions; ``teacher`` is None for objectives that need none."""
+
+    student: SideForward
+    teacher: SideForward | None
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveSetup:
+    """What an objective may look at once, before training."""
+
+    student_hidden_size: int
+    student_embedding: nn.Module
+    student_tokenizer: PreTrainedTokenizerBase
+    teacher_hidden_size: int | None = None
+    teacher_embedding: nn.Module | None = None
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+
+
+class Objective(nn.Module):
+    """Base class; a subclass owns its learned parts (projectors, discriminator) as ordinary submodules.
+
+    A subclass's file defines ``Config(ObjectiveConfig)`` and one subclass of this class, whose constructor takes
+    ``(config, setup)``. Its parameters reach the optimizer through :meth:`parameter_groups`.
+    """
+
+    def __init__(self, config: ObjectiveConfig, setup: ObjectiveSetup):
+        super().__init__()
+        self.config = config
+
+    def forward(self, pair: ForwardPair, batch: PairBatch) -> dict[str, LossTerm]:
+        """Loss terms of one micro-batch, by stable names that appear in the log."""
+        raise NotImplementedError
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trained parameters by optimizer group; ``projectors`` and ``discriminator`` have their own learning rates."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return {"projectors": trained} if trained else {}
+
+    def set_step(self, step: int) -> None:
+        """Told the number of finished optimizer steps before each forward; for warm-ups and alternation."""
+
+    def record_gradients(self, enabled: bool) -> None:
+        """Told whether the coming backward passes shall be measured for :meth:`gradient_metrics`."""
+
+    def gradient_metrics(self) -> dict[str, float]:
+        """Numbers gathered during the recorded backward passes (empty when there are none)."""
+        return {}
+
+    def probe(self, batch: PairBatch, student_embedding: nn.Module, teacher_embedding: nn.Module) -> dict[str, float]:
+        """Diagnostics on a fixed batch of token ids, without running either model (empty when there are none)."""
+        return {}
+
+
+def require_teacher(pair: ForwardPair) -> SideForward:
+    """The teacher's side, for objectives that cannot do without."""
+    assert pair.teacher is not None, "the trainer gave no teacher forward to an objective that needs one"
+    return pair.teacher
+
+
+def head_input(side: SideForward, hidden: Tensor | None = None, *, train_head: bool = True) -> HeadInput:
+    """The side's head applied to ``hidden`` (default: the side's own last hidden states) for a chunked loss."""
+    head = side.head
+    return HeadInput(
+        hidden=side.hidden_states if hidden is None else hidden,
+        weight=head.weight,
+        bias=head.bias,
+        soft_cap=head.soft_cap,
+        logit_scale=head.logit_scale,
+        train_head=train_head,
+    )

@@ -1,0 +1,207 @@
+"""One recipe from start to end: folder, models, training, evaluation, record."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftModel
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from vocabridge.saving import OBJECTIVE_FILE, publish, staged_folder
+from vocabridge.errors import UserError
+from vocabridge.model_card import write_model_card
+from vocabridge.models.loading import load_model, load_student, load_tokenizer
+from vocabridge.pairs import PairTokenizer, StreamingPairs
+from vocabridge.recipe import Recipe
+from vocabridge.run_record import write_run_record
+from vocabridge.text import Example, iter_examples, read_examples
+from vocabridge.trainer import DistillationConfig, DistillationTrainer
+
+logger = logging.getLogger(__name__)
+
+_RECIPE_FILE = "recipe.yaml"
+_FREE_SECTIONS = ("training", "evaluation")
+"""Sections that may change between a run and its resumption."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run came to."""
+
+    run_dir: Path
+    interrupted: bool
+    """A signal stopped it after a checkpoint; ``--resume`` goes on from there."""
+    steps: int
+
+
+def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> RunResult:
+    """Train the student of ``recipe`` and evaluate it; the run folder is ``training.output_dir``.
+
+    Args:
+        recipe: a validated recipe.
+        resume: go on from the last checkpoint in the run folder.
+        overwrite: delete an existing run folder first.
+
+    Raises:
+        UserError: the run folder is in use, or recipe, models and data do not fit together.
+    """
+    run_dir = Path(recipe.training.output_dir)
+    _claim_folder(run_dir, recipe, resume=resume, overwrite=overwrite)
+    arguments = DistillationConfig(**_training_arguments(recipe))
+    set_seed(arguments.seed)  # LoRA and projectors start at random, before the trainer sets its own seed
+    trainer = _build_trainer(recipe, arguments)
+    (run_dir / _RECIPE_FILE).write_text(recipe.resolved_yaml(), encoding="utf-8")
+    write_run_record(run_dir, seed=arguments.seed, objective=recipe.objective.name)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run_dir)) if resume else None)
+    steps = trainer.state.global_step
+    if trainer.interrupt.interrupted:
+        return RunResult(run_dir, interrupted=True, steps=steps)
+    _save_final(trainer, run_dir, recipe)
+    if recipe.evaluation is not None:
+        _evaluate(recipe, run_dir)
+    return RunResult(run_dir, interrupted=False, steps=steps)
+
+
+def _claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    used = run_dir.is_dir() and any(run_dir.iterdir())
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"training.output_dir: {run_dir} is a file; name a folder.")
+    if used and overwrite:
+        shutil.rmtree(run_dir)
+    elif used and not resume:
+        raise UserError(
+            f"training.output_dir: {run_dir} is not empty; add --resume to go on from its last checkpoint, "
+            "--overwrite to delete it, or name another folder."
+        )
+    elif used:
+        _check_same_recipe(run_dir / _RECIPE_FILE, recipe)
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _check_same_recipe(path: Path, recipe: Recipe) -> None:
+    """A resumed run must be the same experiment; only how long it trains and what is measured may change."""
+    if not path.is_file():
+        return
+    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), recipe.values()
+    for section in sorted(set(before) | set(now)):
+        old, new = before.get(section), yaml.safe_load(yaml.safe_dump(now.get(section)))
+        changed = sorted(_changed_keys(section, old, new))
+        if changed and section not in _FREE_SECTIONS:
+            raise UserError(
+                f"{path}: the run was started with other values of {', '.join(changed)}; resume with the same recipe, "
+                "or start anew with --overwrite."
+            )
+        if changed:
+            logger.warning("resuming with changed settings: %s", ", ".join(changed))
+
+
+def _changed_keys(section: str, old: Any, new: Any) -> set[str]:
+    old, new = old or {}, new or {}
+    return {f"{section}.{key}" for key in set(old) | set(new) if old.get(key) != new.get(key)}
+
+
+def _training_arguments(recipe: Recipe) -> dict[str, Any]:
+    templates = {"student_template": recipe.student.template}
+    if recipe.teacher is not None:
+        templates["teacher_template"] = recipe.teacher.template
+    return {**recipe.training.arguments(), "max_length": recipe.data.max_length, **templates}
+
+
+def _build_trainer(recipe: Recipe, arguments: DistillationConfig) -> DistillationTrainer:
+    # Data first: a mistake in it should show before the models have been read.
+    training_examples = None if recipe.data.streaming else _read(recipe.data.train, recipe.data.limit)
+    validation_examples = _read(recipe.data.validation, None) if recipe.data.validation else None
+    student_tokenizer = load_tokenizer(recipe.student)
+    teacher_tokenizer = load_tokenizer(recipe.teacher) if recipe.teacher else None
+    return DistillationTrainer(
+        load_student(recipe.student),
+        load_model(recipe.teacher) if recipe.teacher else None,
+        objective=recipe.objective.values(),
+        args=arguments,
+        train_dataset=training_examples
+        if training_examples is not None
+        else _stream(recipe, arguments, student_tokenizer, teacher_tokenizer),
+        eval_dataset=validation_examples,
+        student_tokenizer=student_tokenizer,
+        teacher_tokenizer=teacher_tokenizer,
+    )
+
+
+def _read(sources: tuple[str, ...], limit: int | None) -> list[Example]:
+    return list(chain.from_iterable(read_examples(source, limit=limit) for source in sources))[:limit]
+
+
+def _stream(
+    recipe: Recipe, arguments: DistillationConfig, student_tokenizer: Any, teacher_tokenizer: Any
+) -> StreamingPairs:
+    pair_tokenizer = PairTokenizer(
+        student_tokenizer,
+        teacher_tokenizer,
+        student_template=arguments.student_template,
+        teacher_template=arguments.teacher_template,
+        max_length=arguments.max_length,
+    )
+    return StreamingPairs(_Concatenated(recipe.data.train, recipe.data.limit), pair_tokenizer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Concatenated:
+    """Several sources read one after the other, anew in every epoch."""
+
+    sources: tuple[str, ...]
+    limit: int | None
+
+    def __iter__(self) -> Iterator[Example]:
+        return islice(chain.from_iterable(iter_examples(source) for source in self.sources), self.limit)
+
+
+def _save_final(trainer: DistillationTrainer, run_dir: Path, recipe: Recipe) -> None:
+    trainer.save_model()
+    trainer.save_state()
+    student = trainer.student
+    if isinstance(student, PeftModel) and trainer.is_world_process_zero():
+        with staged_folder(run_dir) as staging:
+            student.save_pretrained(str(staging / "adapter"))
+            student.merge_and_unload(safe_merge=True).save_pretrained(str(staging))
+            publish(staging, run_dir)
+        # Otherwise from_pretrained would put the adapter on top of the weights that already contain it.
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (run_dir / name).unlink(missing_ok=True)
+    if trainer.is_world_process_zero():
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        write_model_card(
+            run_dir,
+            recipe,
+            steps=trainer.state.global_step,
+            seed=trainer.args.seed,
+            last_log=logs[-1] if logs else {},
+            has_learned_parts=(run_dir / OBJECTIVE_FILE).is_file(),
+        )
+
+
+def _evaluate(recipe: Recipe, run_dir: Path) -> None:
+    from vocabridge.evaluation.evaluate import evaluate_model
+
+    settings = recipe.evaluation
+    assert settings is not None
+    spec = recipe.student.model_copy(update={"model": str(run_dir), "lora": None, "tokenizer": None, "revision": None})
+    evaluate_model(
+        spec,
+        list(settings.data),
+        output_dir=run_dir / "evaluation",
+        seeds=list(settings.seeds),
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        in_domain=list(settings.in_domain) or None,
+    )

@@ -1,0 +1,104 @@
+"""What a run folder holds and how it is written: whole or not at all, and never by pickle where a user loads it.
+
+A run folder (and each checkpoint in it) is a Hugging Face checkpoint of the student; the objective's learned parts lie
+beside it in ``objective.safetensors``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vocabridge.errors import UserError
+from vocabridge.objectives.base import Objective
+
+OBJECTIVE_FILE = "objective.safetensors"
+_STAGING = ".saving"
+
+
+@contextmanager
+def staged_folder(run_dir: Path) -> Iterator[Path]:
+    """An empty folder inside ``run_dir`` to write into; whatever is left in it at the end is removed.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; what was in ``run_dir`` before is untouched.
+    """
+    staging = run_dir / _STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: saving failed ({error}); earlier checkpoints are whole, nothing half-written stays behind. "
+            "Free some space or mend the permissions and resume."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish(staging: Path, target_dir: Path) -> None:
+    """Move everything in ``staging`` into ``target_dir``; each file or folder appears whole, by rename."""
+    target_dir.mkdir(parents=True, exist_ok=True)
+    for path in sorted(staging.iterdir()):
+        target = target_dir / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+
+
+def save_parts(student: nn.Module, objective: Objective, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+    """Write student and objective into ``folder``; ``state_dict`` is the gathered one of a sharded distillation model."""
+    student_state = _part(state_dict, "student.") if state_dict is not None else None
+    objective_state = _part(state_dict, "objective.") if state_dict is not None else objective.state_dict()
+    config = student.config
+    training_use_cache, config.use_cache = config.use_cache, True  # off in training only; users generate with it
+    try:
+        student.save_pretrained(str(folder), state_dict=student_state)
+    finally:
+        config.use_cache = training_use_cache
+    if objective_state:
+        tensors = {name: value.detach().contiguous().cpu().clone() for name, value in objective_state.items()}
+        save_file(tensors, folder / OBJECTIVE_FILE, metadata={"format": "pt"})
+
+
+def load_parts(student: nn.Module, objective: Objective, folder: Path) -> None:
+    """Read back what :func:`save_parts` wrote.
+
+    Raises:
+        UserError: the folder lacks a part or was written by another objective.
+    """
+    if isinstance(student, PeftModel):
+        set_peft_model_state_dict(student, load_file(_existing(folder / "adapter_model.safetensors")))
+    else:
+        assert isinstance(student, PreTrainedModel)
+        saved = type(student).from_pretrained(str(folder), dtype=student.dtype, use_safetensors=True)
+        student.load_state_dict(saved.state_dict())
+    expected = objective.state_dict()
+    if not expected:
+        return
+    tensors = load_file(_existing(folder / OBJECTIVE_FILE))
+    if {name: value.shape for name, value in tensors.items()} != {name: v.shape for name, v in expected.items()}:
+        raise UserError(
+            f"{folder / OBJECTIVE_FILE}: its parts do not fit this recipe's objective; resume with the recipe that "
+            "wrote the checkpoint (recipe.yaml in the run folder)."
+        )
+    objective.load_state_dict(tensors)
+
+
+def _part(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path} is missing, so this checkpoint cannot be resumed; pick another one or start anew.")
+    return path
+

@@ -1,0 +1,505 @@
+"""The trainer: normalise, log each term, save; everything else is ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from vocabridge.saving import load_parts, publish, save_parts, staged_folder
+from vocabridge.distillation_model import DistillationModel
+from vocabridge.errors import UserError
+from vocabridge.interrupt import InterruptCallback
+from vocabridge.models.forward import check_head
+from vocabridge.models.loading import load_model, load_student, load_tokenizer
+from vocabridge.models.spec import ModelSpec
+from vocabridge.models.teacher import LiveTeacher
+from vocabridge.objectives import objective_class, objective_info
+from vocabridge.objectives.base import Objective, ObjectiveSetup
+from vocabridge.pairs import (
+    PairBatch,
+    PairCollator,
+    PairDataset,
+    PairTokenizer,
+    StreamingPairs,
+    pad_token_id,
+    tokenize_examples,
+)
+from vocabridge.text import Example, read_examples
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """``transformers.TrainingArguments`` and what distillation adds."""
+
+    max_length: int = field(default=512, metadata={"help": "Tokens of prompt and response per side; longer is cut."})
+    student_template: str = field(default="plain", metadata={"help": "How the student sees a prompt: plain or chat."})
+    teacher_template: str = field(default="plain", metadata={"help": "How the teacher sees a prompt: plain or chat."})
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of projectors; default: learning_rate."}
+    )
+    discriminator_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the discriminator; default: projector_learning_rate."}
+    )
+    diagnostics_steps: int = field(
+        default=50, metadata={"help": "Optimizer steps between measurements of query and key distributions; 0: never."}
+    )
+    diagnostics_examples: int = field(
+        default=32, metadata={"help": "Training examples in the fixed set on which distributions are measured."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Always off: batches are plain tensors."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("projector_learning_rate", "discriminator_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"{name} must be a number of at least 0, got {value}.")
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False  # batches of a stream have no common first dimension
+        if self._n_gpu > 1:
+            logger.warning("several GPUs in one process: only the first is used; start one process per GPU (torchrun)")
+            self._n_gpu = 1
+
+
+class DistillationTrainer(Trainer):
+    """Distils ``teacher`` into ``student`` by an objective, on prompt-response rows.
+
+    Args:
+        student: a causal language model, or its hub id, folder or GGUF file.
+        teacher: likewise; None for objectives that need none. It is frozen.
+        objective: a recipe name (``"dskd_cma"``), a mapping ``{"name": ..., **settings}``, or an :class:`Objective`.
+        args: training arguments.
+        train_dataset: a JSONL file, a ``datasets`` folder, id or dataset, a list of rows or examples, or a
+            :class:`~vocabridge.pairs.PairDataset` that is tokenized already.
+        eval_dataset: likewise; gives ``eval_loss`` in nats per supervised student token.
+        student_tokenizer: default: loaded from where the student came from.
+        teacher_tokenizer: likewise.
+        callbacks: added to the default ones.
+        optimizers: as in ``transformers.Trainer``.
+
+    Raises:
+        UserError: the objective, models, tokenizers and data do not fit together.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        student: PreTrainedModel | str,
+        teacher: PreTrainedModel | str | None = None,
+        *,
+        objective: str | Mapping[str, Any] | Objective = "dskd_cma",
+        args: DistillationConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        student_tokenizer: PreTrainedTokenizerBase | None = None,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ):
+        set_seed(args.seed)  # the projectors start at random, before the base class sets the seed
+        student, student_tokenizer = _resolve(student, student_tokenizer, "student")
+        if teacher is not None:
+            teacher, teacher_tokenizer = _resolve(teacher, teacher_tokenizer, "teacher")
+        self.pair_tokenizer = PairTokenizer(
+            student_tokenizer,
+            teacher_tokenizer if teacher is not None else None,
+            student_template=args.student_template,
+            teacher_template=args.teacher_template,
+            max_length=args.max_length,
+        )
+        self.teacher = LiveTeacher(teacher, vocab_size=len(teacher_tokenizer)) if teacher is not None else None
+        built = _build_objective(objective, student, student_tokenizer, teacher, teacher_tokenizer)
+        self.interrupt = InterruptCallback()
+        train_pairs = _as_pairs(train_dataset, self.pair_tokenizer)
+        super().__init__(
+            model=DistillationModel(student, built, vocab_size=len(student_tokenizer)),
+            args=args,
+            data_collator=PairCollator(
+                pad_token_id(student_tokenizer), pad_token_id(teacher_tokenizer) if teacher is not None else None
+            ),
+            train_dataset=train_pairs,
+            eval_dataset=_as_pairs(eval_dataset, self.pair_tokenizer),
+            processing_class=student_tokenizer,
+            callbacks=[*(callbacks or []), self.interrupt],
+            optimizers=optimizers,
+        )
+        if self.teacher is not None:
+            self.teacher.to(args.device)
+        self._tally: dict[str, Tensor] = {}
+        self._probe_batch: PairBatch | None = None
+        self._checked = False
+        if args.diagnostics_steps:
+            self.add_callback(DiagnosticsCallback(self))
+
+    @property
+    def distillation_model(self) -> DistillationModel:
+        """The unwrapped module that is trained."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The student."""
+        return self.distillation_model.student
+
+    @property
+    def objective(self) -> Objective:
+        """The objective with its learned parts."""
+        return self.distillation_model.objective
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As ``transformers.Trainer.train``, after the start-up check of both heads on one batch."""
+        if not self._checked:
+            self._check_heads()
+            self._checked = True
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.interrupt.restore()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Named groups: student, projectors, discriminator, each with and without weight decay.
+
+        Raises:
+            UserError: an optimizer that builds its own parameter groups.
+        """
+        if self.optimizer is None:
+            trained = self.model if model is None else model
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & set(kwargs):
+                raise UserError(
+                    f"training.optim: '{self.args.optim}' builds its own parameter groups and would miss the "
+                    "projectors' learning rates; use an AdamW, Adafactor or SGD variant."
+                )
+            self.optimizer = optimizer_class(self._parameter_groups(trained), **kwargs)
+        return self.optimizer
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        names = {id(p): name for name, ps in self.objective.parameter_groups().items() for p in ps}
+        projector_rate = self.args.projector_learning_rate
+        projector_rate = self.args.learning_rate if projector_rate is None else projector_rate
+        discriminator_rate = self.args.discriminator_learning_rate
+        rates = {
+            "student": self.args.learning_rate,
+            "projectors": projector_rate,
+            "discriminator": projector_rate if discriminator_rate is None else discriminator_rate,
+        }
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[str, bool], dict[str, Any]] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            kind, decays = names.get(id(parameter), "student"), name in decayed
+            group = groups.setdefault(
+                (kind, decays),
+                {
+                    "params": [],
+                    "lr": rates[kind],
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                    "name": kind,
+                },
+            )
+            group["params"].append(parameter)
+        return list(groups.values())
+
+    def _get_num_items_in_batch(self, batch_samples: list[PairBatch], device: torch.device) -> Any:
+        """Supervised positions of the whole optimizer step by unit, summed over accumulation and ranks."""
+        counts = torch.stack([_count_supervised(batch) for batch in batch_samples]).sum(0).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        student, teacher = counts.clamp(min=1).double().unbind()
+        return {"student_tokens": student, "teacher_tokens": teacher}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: PairBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The micro-batch's share of the optimizer step's loss; parts are kept for the log."""
+        objective = self.objective
+        objective.set_step(self.state.global_step)
+        objective.record_gradients(self._logs_next())
+        teacher = self.teacher(inputs) if self.teacher is not None else None
+        loss, tally = model(batch=inputs, teacher=teacher, step_counts=num_items_in_batch)
+        for name, pair in tally.items():
+            self._tally[name] = self._tally[name] + pair if name in self._tally else pair
+        # Data parallelism averages gradients over ranks; ours are already shares of the step-wide sum.
+        loss = loss.float() * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def _logs_next(self) -> bool:
+        every = int(self.state.logging_steps or 0)
+        return bool(every) and (self.state.global_step + 1) % every == 0
+
+    # --- log ----------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the averages of all terms, the gradient measurements and, every k steps, the distribution distances."""
+        if "loss" in logs:
+            logs |= self._drain(self._tally)
+            logs |= self.objective.gradient_metrics()
+            self._tally = {}
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            with (Path(self.args.output_dir) / METRICS_FILE).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(self.state.log_history[-1]) + "\n")
+
+    def _drain(self, tally: Mapping[str, Tensor]) -> dict[str, float]:
+        if not tally:
+            return {}
+        stacked = torch.stack([tally[name] for name in sorted(tally)])
+        if self.args.world_size > 1:
+            stacked = self.accelerator.reduce(stacked, "sum")
+        values = (stacked[:, 0] / stacked[:, 1].clamp(min=1e-12)).tolist()
+        return dict(zip(sorted(tally), values, strict=True))
+
+    def measure_distributions(self) -> dict[str, float]:
+        """The objective's diagnostics on the fixed probe set, named ``probe/<name>`` (empty when it has none)."""
+        if self.teacher is None:
+            return {}
+        batch = self._probe()
+        if batch is None:
+            return {}
+        student_embedding = self.student.get_input_embeddings()
+        teacher_embedding = self.teacher.model.get_input_embeddings()
+        was_training = self.objective.training
+        self.objective.eval()
+        try:
+            report = self.objective.probe(batch, student_embedding, teacher_embedding)
+        finally:
+            self.objective.train(was_training)
+        return {f"probe/{name}": value for name, value in report.items()}
+
+    def _probe(self) -> PairBatch | None:
+        if self._probe_batch is None and isinstance(self.train_dataset, PairDataset):
+            size = min(self.args.diagnostics_examples, len(self.train_dataset))
+            chosen = random.Random(self.args.seed).sample(range(len(self.train_dataset)), size)
+            batch = self.data_collator([self.train_dataset[index] for index in chosen])
+            self._probe_batch = self._prepare_inputs(batch)
+        return self._probe_batch
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Averages every term over all supervised student positions of the data set, exactly (not over batches)."""
+        model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
+        model.eval()
+        tally: dict[str, Tensor] = {}
+        num_samples = 0
+        for inputs in dataloader:
+            batch = self._prepare_inputs(inputs)
+            num_samples += batch["input_ids"].shape[0]
+            for name, pair in self._evaluate_batch(model, batch).items():
+                tally[name] = tally[name] + pair if name in tally else pair
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._drain(tally).items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_samples)
+
+    @torch.no_grad()
+    def _evaluate_batch(self, model: nn.Module, batch: PairBatch) -> dict[str, Tensor]:
+        self.objective.record_gradients(False)
+        counts = _count_supervised(batch).to(batch["labels"].device).double()
+        student, teacher = counts.clamp(min=1).unbind()
+        signal = self.teacher(batch) if self.teacher is not None else None
+        with self.accelerator.autocast():
+            loss, tally = model(
+                batch=batch, teacher=signal, step_counts={"student_tokens": student, "teacher_tokens": teacher}
+            )
+        return tally | {"loss": torch.stack([loss.double() * student, student])}
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Written aside, then renamed into place: a kill or a full disk never leaves a torn checkpoint."""
+        run_dir = Path(super()._get_output_dir(trial))
+        if self.args.world_size > 1:
+            super()._save_checkpoint(model, trial)
+            return
+        with staged_folder(run_dir) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self._leave_staging(staging, run_dir)
+            publish(staging, run_dir)
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    _staging: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _leave_staging(self, staging: Path, run_dir: Path) -> None:
+        """The state saved inside the checkpoint must name the best checkpoint where it will be, not where it was made."""
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == staging:
+            self.state.best_model_checkpoint = str(run_dir / Path(best).name)
+        elif best is None and self.state.best_global_step:
+            candidate = run_dir / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(candidate) if candidate.exists() else None
+        for folder in staging.glob("checkpoint-*"):
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Student as a Hugging Face checkpoint, learned parts and tokenizer beside it; no pickled arguments."""
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        if self._staging is None and self.args.world_size == 1:
+            with staged_folder(folder) as staging:
+                self._write_parts(staging, state_dict)
+                publish(staging, folder)
+        else:
+            self._write_parts(folder, state_dict)
+
+    def _write_parts(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_parts(self.student, self.objective, folder, state_dict)
+        self.processing_class.save_pretrained(str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_parts(self.student, self.objective, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            load_parts(self.student, self.objective, Path(self.state.best_model_checkpoint))
+
+    # --- start-up -----------------------------------------------------------------------------------------------------
+
+    def _check_heads(self) -> None:
+        if not isinstance(self.train_dataset, PairDataset) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        batch = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
+        check_head(
+            self.student,
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["labels"],
+            vocab_size=self.distillation_model.vocab_size,
+        )
+        if self.teacher is not None:
+            check_head(
+                self.teacher.model,
+                batch["teacher_input_ids"],
+                batch["teacher_attention_mask"],
+                batch["teacher_labels"],
+                vocab_size=self.teacher.vocab_size,
+            )
+
+
+class DiagnosticsCallback(TrainerCallback):
+    """Logs the distances between queries and keys at step 0, every ``diagnostics_steps`` and at the end."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+        self._last = -1
+
+    def _measure(self, step: int) -> None:
+        if self._last != step:
+            self._last = step
+            if report := self.trainer.measure_distributions():
+                self.trainer.log(report)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first step, unless the run resumes."""
+        if state.global_step == 0:
+            self._measure(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Every ``diagnostics_steps``."""
+        if state.global_step % args.diagnostics_steps == 0:
+            self._measure(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the last step."""
+        self._measure(state.global_step)
+
+
+def _count_supervised(batch: PairBatch) -> Tensor:
+    sides = ("labels", "teacher_labels")
+    return torch.stack([batch[side].ne(-100).sum() if side in batch else torch.tensor(0) for side in sides])
+
+
+def _resolve(
+    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, side: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if isinstance(model, str):
+        spec = ModelSpec(model=model)
+        return (load_student if side == "student" else load_model)(spec), tokenizer or load_tokenizer(spec)
+    if tokenizer is None:
+        name = getattr(model.config, "_name_or_path", "")
+        if not name:
+            raise UserError(f"{side}_tokenizer is needed: this {side} model does not say where it came from.")
+        tokenizer = load_tokenizer(ModelSpec(model=name))
+    return model, tokenizer
+
+
+def _build_objective(
+    objective: str | Mapping[str, Any] | Objective,
+    student: PreTrainedModel,
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> Objective:
+    if isinstance(objective, Objective):
+        return objective
+    settings = {"name": objective} if isinstance(objective, str) else dict(objective)
+    name = settings.pop("name")
+    config_class = objective_info(name).config_class
+    if "teacher" in config_class.needs and teacher is None:
+        raise UserError(f"objective '{name}' needs a teacher; give teacher=... or use cross_entropy.")
+    implementation = objective_class(name)
+    setup = ObjectiveSetup(
+        student_hidden_size=student.get_input_embeddings().embedding_dim,
+        student_embedding=student.get_input_embeddings(),
+        student_tokenizer=student_tokenizer,
+        teacher_hidden_size=None if teacher is None else teacher.get_input_embeddings().embedding_dim,
+        teacher_embedding=None if teacher is None else teacher.get_input_embeddings(),
+        teacher_tokenizer=teacher_tokenizer,
+    )
+    return implementation(config_class.model_validate(settings), setup)
+
+
+def _as_pairs(data: Any, pair_tokenizer: PairTokenizer) -> PairDataset | StreamingPairs | None:
+    if data is None or isinstance(data, PairDataset | StreamingPairs):
+        return data
+    examples = data if isinstance(data, list) and data and isinstance(data[0], Example) else read_examples(data)
+    return tokenize_examples(examples, pair_tokenizer)

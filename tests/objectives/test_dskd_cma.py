@@ -1,0 +1,260 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from vocabridge.objectives.base import ObjectiveSetup
+from vocabridge.objectives.dskd_cma import Config, DskdCma
+
+VALUE = {"rtol": 2e-5, "atol": 2e-6}
+GRADIENT = {"rtol": 2e-4, "atol": 5e-6}
+PUBLISHED = {"query_start": "random", "statistics": "batch", "matching": "none"}
+NAMES = {
+    "forward": "forward_kl",
+    "reverse": "reverse_kl",
+    "jensen_shannon": "js_divergence",
+    "skewed_forward": "skewed_forward_kl",
+    "skewed_reverse": "skewed_reverse_kl",
+}
+
+
+def build(case, **settings):
+    """The objective with the golden case's projectors."""
+    objective = DskdCma(
+        Config(**{**PUBLISHED, **settings}),
+        ObjectiveSetup(
+            student_hidden_size=case.tensors["in.student_hidden"].shape[-1],
+            student_embedding=nn.Embedding(2, 2),
+            student_tokenizer=None,
+            teacher_hidden_size=case.tensors["in.teacher_hidden"].shape[-1],
+            teacher_embedding=nn.Embedding(2, 2),
+            teacher_tokenizer=None,
+        ),
+    )
+    with torch.no_grad():
+        for module, name in [
+            (objective.query_projector, "query"),
+            (objective.teacher_to_student, "t2s"),
+            (objective.student_to_teacher, "s2t"),
+        ]:
+            module.weight.copy_(case.tensors[f"in.projector_{name}_weight"])
+            module.bias.copy_(case.tensors[f"in.projector_{name}_bias"])
+    return objective
+
+
+def total(terms, student_tokens, teacher_tokens):
+    divisor = {"student_tokens": student_tokens, "teacher_tokens": teacher_tokens}
+    return sum(term.weight * term.sum / divisor[term.unit] for term in terms.values())
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_values_and_gradients_are_the_published_ones(golden, divergence):
+    case = golden("dskd_cma_F")
+    published = NAMES[divergence]
+    objective, pair = build(case, divergence=divergence), case.pair()
+    terms = objective(pair.forward, case.batch())
+    expected = case.scalars
+    parts = {name: float(ratio.sum) for term in terms.values() for name, ratio in term.metrics.items()}
+    assert parts["cross_entropy"] == pytest.approx(expected["nll_loss"], rel=2e-5)
+    assert parts["t2s_cross_entropy"] == pytest.approx(expected["t2s_ce_loss"], rel=2e-5)
+    assert parts["t2s_divergence"] == pytest.approx(expected[f"{published}.t2s_kd_loss"], rel=2e-5)
+    assert parts["s2t_divergence"] == pytest.approx(expected["s2t_kd_loss"], rel=2e-5)
+    assert parts["t2s_accuracy"] == expected["t2s_acc"]
+    student_tokens = case.tensors["in.student_labels"].numel()
+    loss = total(terms, student_tokens, None)
+    assert float(loss) == pytest.approx(expected[f"{published}.returned_loss"], rel=2e-5)
+    (loss * student_tokens).backward()
+    torch.testing.assert_close(
+        pair.student_hidden.grad, case.tensors[f"grad.total.{published}.student_hidden"], **GRADIENT
+    )
+    if divergence == "forward":
+        for module, name in [
+            (objective.query_projector, "query"),
+            (objective.teacher_to_student, "t2s"),
+            (objective.student_to_teacher, "s2t"),
+        ]:
+            for kind, parameter in [("weight", module.weight), ("bias", module.bias)]:
+                published_gradient = case.tensors[f"grad.total.{published}.projector_{name}_{kind}"]
+                torch.testing.assert_close(parameter.grad, published_gradient, **GRADIENT)
+        published_gradient = case.tensors[f"grad.total.{published}.student_lm_head_weight"]
+        torch.testing.assert_close(pair.student_head.grad, published_gradient, **GRADIENT)
+
+
+def test_queries_and_keys_are_the_published_ones(golden):
+    case = golden("dskd_cma_F")
+    objective, pair = build(case), case.pair().forward
+    inputs = objective.query_inputs(pair.student.tokens, pair.student.embedding, 3)
+    keys = objective.keys(pair.teacher.tokens, pair.teacher.embedding, 3)
+    torch.testing.assert_close(objective.queries(inputs), case.tensors["out.queries"].flatten(0, 1), **VALUE)
+    torch.testing.assert_close(keys, case.tensors["out.keys"].flatten(0, 1), **VALUE)
+
+
+def test_adversarial_term_has_the_published_value_and_gradients(golden):
+    case = golden("kq_gan_F")
+    objective = build(case, matching="gan", matching_weight=1.0, gan={"hidden_size": 24})
+    discriminator = objective.matching.gan.discriminator
+    with torch.no_grad():
+        for module, name in [
+            (discriminator.highway, "highway1"),
+            (discriminator.linear, "linear1"),
+            (discriminator.output, "linear2"),
+        ]:
+            module.weight.copy_(case.tensors[f"in.kq_{name}_weight"])
+            module.bias.copy_(case.tensors[f"in.kq_{name}_bias"])
+    objective.eval()  # the published numbers are without dropout
+    queries = case.tensors["out.queries"].flatten(0, 1).clone().requires_grad_(True)
+    keys = case.tensors["out.keys"].flatten(0, 1)
+    terms = objective.matching(queries, keys)
+    loss = total(terms, queries.shape[0], keys.shape[0])
+    assert float(loss) == pytest.approx(case.scalars["kq_loss"], rel=2e-5)
+    loss.backward()
+    torch.testing.assert_close(queries.grad, case.tensors["grad.kq.queries"].flatten(0, 1), **GRADIENT)
+    for module, name in [
+        (discriminator.highway, "highway1"),
+        (discriminator.linear, "linear1"),
+        (discriminator.output, "linear2"),
+    ]:
+        torch.testing.assert_close(module.weight.grad, case.tensors[f"grad.kq.kq_{name}_weight"], **GRADIENT)
+        torch.testing.assert_close(module.bias.grad, case.tensors[f"grad.kq.kq_{name}_bias"], **GRADIENT)
+
+
+def gradient_of(objective, case, only):
+    """Gradients when a single term is minimised, by the name of what receives them."""
+    objective.zero_grad()
+    pair = case.pair()
+    term = objective(pair.forward, case.batch())[only]
+    (term.weight * term.sum).backward()
+    gradients = {name: parameter.grad for name, parameter in objective.named_parameters()}
+    return gradients | {"student_hidden": pair.student_hidden.grad, "student_head": pair.student_head.grad}
+
+
+def receivers(gradients):
+    return {name.split(".")[0] for name, grad in gradients.items() if grad is not None and bool(grad.abs().max() > 0)}
+
+
+def test_each_term_trains_what_it_should_and_nothing_else(golden):
+    case = golden("dskd_cma_F")
+    objective = build(case, matching="gan")
+    projectors = {"query_projector", "teacher_to_student", "student_to_teacher"}
+    assert receivers(gradient_of(objective, case, "student_space")) == {
+        "query_projector",
+        "teacher_to_student",
+        "student_hidden",
+        "student_head",
+    }
+    assert receivers(gradient_of(objective, case, "teacher_space")) == {
+        "query_projector",
+        "student_to_teacher",
+        "student_hidden",
+    }
+    assert receivers(gradient_of(objective, case, "gan_queries")) == {"query_projector", "matching"}
+    assert receivers(gradient_of(objective, case, "gan_keys")) == {"matching"}
+    groups = objective.parameter_groups()
+    assert {name: sum(p.numel() for p in ps) for name, ps in groups.items()} == {
+        "projectors": sum(p.numel() for name, p in objective.named_parameters() if name.split(".")[0] in projectors),
+        "discriminator": sum(p.numel() for name, p in objective.named_parameters() if name.startswith("matching")),
+    }
+
+
+def test_student_head_gets_no_gradient_through_the_projected_teacher(golden):
+    case = golden("dskd_cma_F")
+    objective = build(case, kd_weight=1.0, divergence="forward")
+    pair = case.pair()
+    objective(pair.forward, case.batch())["student_space"].sum.backward()
+    # With kd_weight 1 only the divergence of the student's own logits is left to reach the head.
+    correct = objective(pair.forward, case.batch())["student_space"].metrics["t2s_accuracy"].sum
+    assert 0 < float(correct) < 42
+    own = case.tensors["grad.kd.forward_kl.student_lm_head_weight"]
+    torch.testing.assert_close(pair.student_head.grad, own, **GRADIENT)
+
+
+def test_gan_weight_scales_the_queries_gradient_but_not_the_discriminators(golden):
+    case = golden("dskd_cma_F")
+    torch.manual_seed(0)
+    light = build(case, matching="gan", matching_weight=0.1)
+    heavy = build(case, matching="gan", matching_weight=1.0)
+    heavy.load_state_dict(light.state_dict())
+    light.eval(), heavy.eval()
+    small, large = (gradient_of(objective, case, "gan_queries") for objective in (light, heavy))
+    assert float(small["query_projector.weight"].abs().max()) > 0
+    torch.testing.assert_close(small["query_projector.weight"] * 10, large["query_projector.weight"])
+    name = "matching.gan.discriminator.linear.weight"
+    torch.testing.assert_close(small[name], large[name])
+
+
+def test_gradient_meter_equals_the_norm_of_the_weight_gradient(golden):
+    case = golden("dskd_cma_F")
+    objective = build(case, matching="gan", matching_weight=0.5)
+    objective.eval()
+    objective.record_gradients(True)
+    pair = case.pair()
+    terms = objective(pair.forward, case.batch())
+    total(terms, 42, 33).backward()
+    metrics = objective.gradient_metrics()
+    objective.record_gradients(False)
+    by_term = {name: gradient_of(objective, case, name)["query_projector.weight"] for name in terms}
+    kd = by_term["student_space"] / 42 + by_term["teacher_space"] / 42
+    assert metrics["query_gradient_norm_kd"] == pytest.approx(float(kd.norm()), rel=1e-4)
+    gan = by_term["gan_queries"] / 42
+    assert metrics["query_gradient_norm_matching"] == pytest.approx(float(gan.norm()), rel=1e-4)
+    assert metrics["query_gradient_ratio"] == pytest.approx(float(gan.norm() / kd.norm()), rel=1e-3)
+    assert objective.gradient_metrics() == {}
+
+
+def test_statistics_per_example_do_not_depend_on_the_other_examples(golden):
+    case = golden("dskd_cma_F")
+    objective = build(case, statistics="example")
+    side = case.pair().forward.teacher
+    together = objective.keys(side.tokens, side.embedding, 3)
+    raw = torch.cat([side.embedding(side.input_ids), side.embedding(side.labels)], -1)
+    for row in range(3):
+        own = raw[side.rows == row]
+        torch.testing.assert_close(together[side.rows == row], own / own.std())
+
+
+def test_attention_and_loss_against_loops_in_float64(golden):
+    """An independent version with Python loops over positions, from the formulas alone."""
+    case = golden("dskd_cma_F")
+    objective = build(case, statistics="example", divergence="reverse", temperature=1.5, kd_weight=0.7).double()
+    tensors = {k: v.double() if v.is_floating_point() else v for k, v in case.tensors.items()}
+    case.tensors = tensors
+    pair = case.pair()
+    terms = objective(pair.forward, case.batch())
+    weight = tensors["in.student_lm_head_weight"]
+    teacher_weight = tensors["in.teacher_lm_head_weight"]
+    expected = 0.0
+    for b in range(3):
+        student_hidden, teacher_hidden = tensors["in.student_hidden"][b], tensors["in.teacher_hidden"][b]
+        s_in, s_out = tensors["in.student_input_ids"][b], tensors["in.student_labels"][b]
+        t_in, t_out = tensors["in.teacher_input_ids"][b], tensors["in.teacher_labels"][b]
+        s_embed, t_embed = tensors["in.student_embed_weight"], tensors["in.teacher_embed_weight"]
+        key_inputs = torch.cat([t_embed[t_in], t_embed[t_out]], -1)
+        keys = key_inputs / key_inputs.std()
+        values = teacher_hidden / teacher_hidden.std() + t_embed[t_out] / t_embed[t_out].std()
+        queries = objective.query_projector(torch.cat([s_embed[s_in], s_embed[s_out]], -1))
+        scores = torch.tensor(
+            [[float(q @ k) / math.sqrt(keys.shape[-1]) for k in keys] for q in queries], dtype=torch.float64
+        )
+        for i in range(len(s_in)):
+            attention = scores[i].softmax(-1)
+            mixed = sum(attention[j] * objective.teacher_to_student(values[j]) for j in range(len(t_in)))
+            projected, own = weight @ mixed, weight @ student_hidden[i]
+            expected += 0.3 * -own.log_softmax(-1)[s_out[i]] + 0.7 * -projected.log_softmax(-1)[s_out[i]]
+            if int(projected.argmax()) == int(s_out[i]):
+                p, q = (own / 1.5).softmax(-1), (projected / 1.5).softmax(-1)
+                expected += 0.7 * (p * (p.log() - q.log())).sum()
+        for j in range(len(t_in)):
+            attention = scores[:, j].softmax(-1)
+            mixed = sum(attention[i] * objective.student_to_teacher(student_hidden[i]) for i in range(len(s_in)))
+            p = (teacher_weight @ teacher_hidden[j] / 1.5).softmax(-1)
+            q = (teacher_weight @ mixed / 1.5).softmax(-1)
+            expected += 0.7 * (p * (p.log() - q.log())).sum()
+    assert float(sum(term.sum for term in terms.values())) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_unused_settings_are_refused():
+    with pytest.raises(ValueError, match="query_normalize has no effect"):
+        Config(query_normalize="scalar")
+    with pytest.raises(ValueError, match="gan settings have no effect"):
+        Config(matching="mmd", gan={"hidden_size": 3})
