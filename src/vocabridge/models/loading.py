@@ -36,14 +36,14 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """
     name = spec.tokenizer or spec.model
     checkpoint = find_checkpoint(name)
-    with _as_user_error(f"'{name}': the tokenizer cannot be loaded"):
+    with _as_user_error(f"'{name}': no tokenizer can be loaded; if it lies elsewhere, set the field 'tokenizer'"):
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.name, **_hub_options(spec, checkpoint), **_gguf_options(checkpoint)
         )
     if not tokenizer.is_fast:
         raise UserError(f"'{name}' has no fast tokenizer (tokenizer.json), which byte spans need; convert it first.")
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
-        raise UserError(f"'{name}' has no tokenizer files; save the tokenizer there or set the field 'tokenizer'.")
+        raise UserError(f"'{name}': the tokenizer is empty; if it lies elsewhere, set the field 'tokenizer'.")
     if tokenizer.eos_token is None:
         raise UserError(f"the tokenizer of '{name}' has no end token (eos_token), so a response could never end.")
     if tokenizer.pad_token is None:
@@ -151,6 +151,8 @@ def _load(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
         raise UserError(f"'{spec.model}' ({type(model).__name__}) has no language-model head.")
     if checkpoint.gguf_file is not None:
         clear_gguf_marks(model)
+        # The folder alone names no model: who looks up the tokenizer or an adapter's base later needs the file.
+        model.config.name_or_path = model.name_or_path = checkpoint.path
     return model
 
 
@@ -217,7 +219,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA fails an assertion
-        raise UserError(f"device '{name}' is not available here: {_first_line(error)}") from error
+        raise UserError(f"device '{name}' is not available here: {_one_line(error)}") from error
     return device
 
 
@@ -228,9 +230,8 @@ def _as_user_error(what: str) -> Iterator[None]:
     except _LOAD_ERRORS as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{what}: {_first_line(error)}") from error
+        raise UserError(f"{what}: {_one_line(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__

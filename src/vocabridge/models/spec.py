@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from vocabridge.errors import UserError
+from vocabridge.settings import Settings
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Side = Literal["student", "teacher"]
 
 
-class LoraSpec(BaseModel):
+class LoraSpec(Settings):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on the student instead of training all of its weights."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     r: int = Field(16, ge=1)
     """Rank of each update matrix; higher costs memory and fits more."""
@@ -27,10 +26,8 @@ class LoraSpec(BaseModel):
     """Names of the linear layers that get an adapter (``[q_proj, v_proj]``), or ``all-linear`` for all but the head."""
 
 
-class ModelSpec(BaseModel):
+class ModelSpec(Settings):
     """The ``student:`` or ``teacher:`` section of a recipe: which model, how it is loaded, how it reads a prompt."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     model: str = Field(min_length=1)
     """Hub id (``HuggingFaceTB/SmolLM2-135M``), folder with a checkpoint, or path of a ``.gguf`` file."""
