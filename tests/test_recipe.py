@@ -272,6 +272,19 @@ def test_refusals_of_files_that_cannot_be_read(folder: Path) -> None:
         load_recipe("latin.yaml")
 
 
+@pytest.mark.parametrize("data", [["a/test", "b/test"], ["a/test", "b/dev"], ["org/rows", "x/y/rows", "test"]])
+def test_names_of_evaluation_files_are_those_that_the_evaluation_uses(data: list[str]) -> None:
+    from vocabridge.evaluation.evaluate import named_sources
+
+    values = yaml.safe_load(DISTIL)
+    names = list(named_sources(data))
+    values["evaluation"] = {"data": data, "in_domain": names}
+    assert recipe_from_values(values).evaluation is not None
+    values["evaluation"]["in_domain"] = ["wrong"]
+    with pytest.raises(UserError, match=rf"evaluation\.in_domain names 'wrong'.* Known: {', '.join(names)}\."):
+        recipe_from_values(values)
+
+
 def test_values_of_a_library_caller_are_checked_alike() -> None:
     values = yaml.safe_load(SFT)
     assert recipe_from_values(values).student.model == "org/student"

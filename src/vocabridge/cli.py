@@ -166,6 +166,9 @@ def inspect_pair(
     from vocabridge.pairs import PairTokenizer
     from vocabridge.text import read_examples
 
+    if json and not json.parent.is_dir():
+        raise UserError(f"--json {json}: the folder {json.parent} does not exist.")
+    examples = read_examples(data, limit=limit)  # first: a mistake in the data shows before tokenizers load
     pair_tokenizer = PairTokenizer(
         load_tokenizer(ModelSpec(model=student)),
         load_tokenizer(ModelSpec(model=teacher)),
@@ -173,8 +176,8 @@ def inspect_pair(
         teacher_template=teacher_template,
         max_length=max_length,
     )
-    report = pair_report(pair_tokenizer, read_examples(data, limit=limit))
-    render_report(report)
+    report = pair_report(pair_tokenizer, examples, progress=True)
+    Console().print(render_report(report))
     if json:
         json.write_text(report.to_json(), encoding="utf-8")
 

@@ -167,7 +167,8 @@ def _training_conflicts(data: DataSettings | None, training: TrainingSettings) -
 def _evaluation_conflicts(evaluation: EvaluationSettings) -> list[Conflict]:
     """Told here because the evaluation comes last: a misspelled name would show after hours of training."""
     paths = [Path(name).absolute() for name in evaluation.data]
-    known = [name for path in paths for name in (path.stem, f"{path.parent.name}-{path.stem}")]
+    stems = [path.stem for path in paths]
+    known = [path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}-{path.stem}" for path in paths]
     wrong = [name for name in evaluation.in_domain if name not in known]
     return [
         Conflict(
