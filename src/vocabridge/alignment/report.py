@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -216,7 +216,9 @@ def _side_report(
 
 
 def _control_token(tokenizer: PreTrainedTokenizerBase, token_id: int | None) -> ControlToken | None:
-    return None if token_id is None else ControlToken(id=token_id, token=tokenizer.convert_ids_to_tokens(token_id))
+    if token_id is None:
+        return None
+    return ControlToken(id=token_id, token=cast(str, tokenizer.convert_ids_to_tokens(token_id)))
 
 
 # --- warnings --------------------------------------------------------------------------------------------------------
