@@ -215,8 +215,7 @@ class Evaluation:
 
 def evaluation(vocabridge: Command, error: BaseException | None = None) -> Evaluation:
     stand_in = Evaluation(error)
-    seeds = (10, 20, 30, 40, 50)
-    vocabridge.replace("vocabridge.evaluation.evaluate", evaluate_model=stand_in.evaluate_model, PAPER_SEEDS=seeds)
+    vocabridge.replace("vocabridge.evaluation.evaluate", evaluate_model=stand_in.evaluate_model)
     vocabridge.replace("vocabridge.evaluation.results", results_table=lambda result: result)
     return stand_in
 

@@ -274,7 +274,7 @@ def test_refusals_of_files_that_cannot_be_read(folder: Path) -> None:
 
 @pytest.mark.parametrize("data", [["a/test", "b/test"], ["a/test", "b/dev"], ["org/rows", "x/y/rows", "test"]])
 def test_names_of_evaluation_files_are_those_that_the_evaluation_uses(data: list[str]) -> None:
-    from vocabridge.evaluation.evaluate import named_sources
+    from vocabridge.evaluation.plan import named_sources
 
     values = yaml.safe_load(DISTIL)
     names = list(named_sources(data))

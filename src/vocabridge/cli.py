@@ -205,7 +205,8 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard results that are there.")] = False,
 ) -> None:
     """Score a model's responses: ROUGE-L and exact match over seeds, bits per byte of the references."""
-    from vocabridge.evaluation.evaluate import PAPER_SEEDS, evaluate_model
+    from vocabridge.evaluation.evaluate import evaluate_model
+    from vocabridge.evaluation.plan import PAPER_SEEDS
     from vocabridge.evaluation.results import results_table
     from vocabridge.models.spec import ModelSpec
 

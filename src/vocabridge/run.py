@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from vocabridge.saving import OBJECTIVE_FILE, publish, staged_folder
 from vocabridge.errors import UserError
 from vocabridge.model_card import write_model_card
-from vocabridge.models.loading import load_model, load_student, load_tokenizer
+from vocabridge.models.loading import load_student, load_teacher, load_tokenizer
 from vocabridge.pairs import PairTokenizer, StreamingPairs
 from vocabridge.recipe import Recipe
 from vocabridge.run_record import write_run_record
@@ -123,7 +123,7 @@ def _build_trainer(recipe: Recipe, arguments: DistillationConfig) -> Distillatio
     teacher_tokenizer = load_tokenizer(recipe.teacher) if recipe.teacher else None
     return DistillationTrainer(
         load_student(recipe.student),
-        load_model(recipe.teacher) if recipe.teacher else None,
+        load_teacher(recipe.teacher) if recipe.teacher else None,
         objective=recipe.objective.values(),
         args=arguments,
         train_dataset=training_examples

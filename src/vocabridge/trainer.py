@@ -22,8 +22,14 @@ from vocabridge.distillation_model import DistillationModel
 from vocabridge.errors import UserError
 from vocabridge.interrupt import InterruptCallback
 from vocabridge.models.forward import check_head
-from vocabridge.models.loading import load_model, load_student, load_tokenizer
-from vocabridge.models.spec import ModelSpec
+from vocabridge.models.loading import (
+    check_tokenizer_matches,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+    vocabulary_size,
+)
+from vocabridge.models.spec import ModelSpec, Side
 from vocabridge.models.teacher import LiveTeacher
 from vocabridge.objectives import objective_class, objective_info
 from vocabridge.objectives.base import Objective, ObjectiveSetup
@@ -124,12 +130,14 @@ class DistillationTrainer(Trainer):
             teacher_template=args.teacher_template,
             max_length=args.max_length,
         )
-        self.teacher = LiveTeacher(teacher, vocab_size=len(teacher_tokenizer)) if teacher is not None else None
+        self.teacher = (
+            LiveTeacher(teacher, vocab_size=vocabulary_size(teacher_tokenizer)) if teacher is not None else None
+        )
         built = _build_objective(objective, student, student_tokenizer, teacher, teacher_tokenizer)
         self.interrupt = InterruptCallback()
         train_pairs = _as_pairs(train_dataset, self.pair_tokenizer)
         super().__init__(
-            model=DistillationModel(student, built, vocab_size=len(student_tokenizer)),
+            model=DistillationModel(student, built, vocab_size=vocabulary_size(student_tokenizer)),
             args=args,
             data_collator=PairCollator(
                 pad_token_id(student_tokenizer), pad_token_id(teacher_tokenizer) if teacher is not None else None
@@ -459,16 +467,17 @@ def _count_supervised(batch: PairBatch) -> Tensor:
 
 
 def _resolve(
-    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, side: str
+    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, side: Side
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if isinstance(model, str):
         spec = ModelSpec(model=model)
-        return (load_student if side == "student" else load_model)(spec), tokenizer or load_tokenizer(spec)
-    if tokenizer is None:
+        model, tokenizer = (load_student if side == "student" else load_teacher)(spec), tokenizer or load_tokenizer(spec)
+    elif tokenizer is None:
         name = getattr(model.config, "_name_or_path", "")
         if not name:
             raise UserError(f"{side}_tokenizer is needed: this {side} model does not say where it came from.")
         tokenizer = load_tokenizer(ModelSpec(model=name))
+    check_tokenizer_matches(tokenizer, model, side)
     return model, tokenizer
 
 

@@ -7,12 +7,14 @@ ranges of two tokenizers that cover the same bytes; `token_bytes` and `shared_vo
 
 from vocabridge.alignment.chunks import chunk_ids
 from vocabridge.alignment.spans import EncodedText, byte_spans, encode_continuation
+from vocabridge.alignment.tokenizer_file import check_tokenizer_file
 from vocabridge.alignment.vocabulary import SharedVocabulary, shared_vocabulary, token_bytes
 
 __all__ = [
     "EncodedText",
     "SharedVocabulary",
     "byte_spans",
+    "check_tokenizer_file",
     "chunk_ids",
     "encode_continuation",
     "shared_vocabulary",

@@ -91,7 +91,9 @@ class SlowEncoder:
         tokenizer = self._tokenizer()
         assert tokenizer is not None, "the cache entry outlived its tokenizer"
         pieces = tokenizer.tokenize(text, split_special_tokens=specials == "text")
-        return RawTokens([tokenizer.convert_tokens_to_ids(piece) for piece in pieces], None)
+        ids = tokenizer.convert_tokens_to_ids(pieces)
+        assert isinstance(ids, list)
+        return RawTokens(ids, None)
 
 
 @dataclass(frozen=True, slots=True)

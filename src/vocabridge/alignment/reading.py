@@ -209,10 +209,12 @@ class Reader:
     def _unknown(self, index: int, position: int) -> Iterator[tuple[int, int]]:
         """The tokenizer's own range first, then what the model could not know: longest first where it fuses."""
         own_end = self._unknown_ends.get(index, -1)
-        for start in self._starts(position):
+        # White space that has no token is not unknown: it lies in front.
+        starts = [s for s in self._starts(position) if not (self._family.drops_space and self._white_space_length(s))]
+        for start in starts:
             if own_end > start:
                 yield start, own_end
-        for start in self._starts(position):
+        for start in starts:
             for end in reversed(self._unknown_run(start)):
                 if end != own_end:
                     yield start, end

@@ -2,8 +2,9 @@
 
 Names, one-line summaries and config classes are read from the source files without importing them, because importing
 an objective imports torch (seconds) while ``vocabridge validate`` and ``vocabridge objectives`` must answer at once.
-An objective's config class therefore stands on its own: it derives from :class:`ObjectiveConfig` and its body uses
-nothing but ``typing``, ``pydantic``, ``vocabridge.objectives.config`` and ``vocabridge.matching.config``.
+An objective's config class therefore stands on its own: it derives from :class:`ObjectiveConfig` or
+:class:`~vocabridge.settings.Settings` and uses only what the file imports with ``from ... import`` out of ``typing``,
+``pydantic`` and the config modules named below.
 """
 
 from __future__ import annotations
@@ -15,11 +16,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-import pydantic
-
 from vocabridge.errors import UserError
-from vocabridge.matching import config as matching_config
-from vocabridge.objectives import config as config_module
 from vocabridge.objectives.config import ObjectiveConfig
 from vocabridge.suggest import did_you_mean
 
@@ -27,6 +24,8 @@ if typing.TYPE_CHECKING:
     from vocabridge.objectives.base import Objective
 
 _NOT_OBJECTIVES = {"__init__", "base", "config"}
+_LIGHT_MODULES = {"typing", "pydantic", "vocabridge.settings", "vocabridge.objectives.config", "vocabridge.matching.config"}
+"""What a config class may use: modules that import no torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +91,18 @@ def _import_own(name: str) -> typing.Any:
 def _read_info(name: str) -> ObjectiveInfo:
     tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
     docstring = ast.get_docstring(tree) or name
-    bases = {"ObjectiveConfig"}
-    wanted: list[ast.stmt] = []
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id in bases for base in node.bases):
-            bases.add(node.name)
-            wanted.append(node)
-    module_name = f"{__name__}.{name}"
-    namespace: dict[str, typing.Any] = {
-        **vars(typing),
-        **vars(pydantic),
-        **vars(config_module),
-        **vars(matching_config),
-        "__name__": module_name,
-    }
-    exec(compile(ast.Module(wanted, []), f"{name}.py", "exec"), namespace)  # our own source file, not a user's
+    statements = [node for node in tree.body if _is_light_import(node) or _is_config(node)]
+    namespace: dict[str, typing.Any] = {"__name__": f"{__name__}.{name}"}
+    # Our own source file, not a user's. Without inherited futures annotations are types, not strings to look up later.
+    exec(compile(ast.Module(statements, []), f"{name}.py", "exec", dont_inherit=True), namespace)
     return ObjectiveInfo(name, docstring.splitlines()[0], namespace["Config"])
+
+
+def _is_light_import(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module in _LIGHT_MODULES
+
+
+def _is_config(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ClassDef) and any(
+        isinstance(base, ast.Name) and base.id in ("ObjectiveConfig", "Settings") for base in node.bases
+    )
