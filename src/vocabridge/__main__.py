@@ -1,0 +1,5 @@
+"""``python -m vocabridge`` is the command ``vocabridge``."""
+
+from vocabridge.cli import main
+
+main()

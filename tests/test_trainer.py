@@ -1,0 +1,279 @@
+import json
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tiny_pair import ROWS, student_model, teacher_model
+from vocabridge.distillation_model import NonFiniteLoss
+from vocabridge.errors import UserError
+from vocabridge.trainer import DistillationConfig, DistillationTrainer
+
+
+@pytest.fixture()
+def make_trainer(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
+    def make(objective="dskd_cma", *, student=None, teacher=True, folder="run", rows=ROWS, **arguments):
+        defaults = {
+            "per_device_train_batch_size": 4,
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "diagnostics_steps": 2,
+        }
+        return DistillationTrainer(
+            student or student_model(tiny_bpe_tokenizer),
+            teacher_model(tiny_sentencepiece_tokenizer) if teacher else None,
+            objective=objective,
+            args=DistillationConfig(output_dir=str(tmp_path / folder), **{**defaults, **arguments}),
+            train_dataset=rows,
+            student_tokenizer=tiny_bpe_tokenizer,
+            teacher_tokenizer=tiny_sentencepiece_tokenizer if teacher else None,
+        )
+
+    return make
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def gradients_of_one_step(trainer):
+    """Gradients just before the first optimizer step."""
+    caught = {}
+
+    def catch(*args, **kwargs):
+        model = trainer.distillation_model
+        caught.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    trainer.create_optimizer()
+    trainer.optimizer.step = catch
+    trainer.train()
+    return caught
+
+
+GAN = {"name": "dskd_cma", "matching": "gan", "gan": {"dropout": 0.0, "hidden_size": 16}}
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", GAN], ids=["cross_entropy", "dskd_cma_gan"])
+def test_gradient_does_not_depend_on_how_the_step_is_accumulated(make_trainer, objective):
+    teacher = objective != "cross_entropy"
+    whole = make_trainer(
+        objective, teacher=teacher, max_steps=1, per_device_train_batch_size=8, max_grad_norm=0.0, diagnostics_steps=0
+    )
+    split = make_trainer(
+        objective,
+        teacher=teacher,
+        max_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_grad_norm=0.0,
+        diagnostics_steps=0,
+    )
+    one, many = gradients_of_one_step(whole), gradients_of_one_step(split)
+    assert one.keys() == many.keys()
+    assert all(float(gradient.abs().max()) > 0 for gradient in one.values())
+    for name, gradient in one.items():
+        torch.testing.assert_close(many[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_every_trained_parameter_is_in_one_group_and_moves(make_trainer):
+    trainer = make_trainer(
+        GAN, max_steps=2, projector_learning_rate=2e-3, discriminator_learning_rate=3e-3, weight_decay=0.01
+    )
+    model = trainer.distillation_model
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer.train()
+    grouped = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert sorted(grouped) == sorted(id(p) for p in trained.values())
+    unmoved = [name for name, p in trained.items() if torch.equal(p, before[name])]
+    assert unmoved == []
+    rates = {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {"student": 1e-3, "projectors": 2e-3, "discriminator": 3e-3}
+    decays = {(g["name"], g["weight_decay"]) for g in trainer.optimizer.param_groups}
+    assert ("discriminator", 0.0) in decays
+    assert ("discriminator", 0.01) in decays
+    teacher = trainer.teacher.model
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    assert not teacher.training
+
+
+def test_log_has_every_term_and_diagnostic(make_trainer):
+    trainer = make_trainer(GAN)
+    trainer.train()
+    history = trainer.state.log_history
+    step = next(entry for entry in history if "loss" in entry)
+    for name in [
+        "loss/student_space",
+        "loss/teacher_space",
+        "loss/gan_queries",
+        "loss/gan_keys",
+        "cross_entropy",
+        "t2s_cross_entropy",
+        "t2s_divergence",
+        "s2t_divergence",
+        "t2s_accuracy",
+        "s2t_accuracy",
+        "student_accuracy",
+        "discriminator_query_accuracy",
+        "discriminator_key_accuracy",
+        "coverage",
+        "attention_in_chunk",
+        "query_gradient_norm_kd",
+        "query_gradient_norm_matching",
+        "query_gradient_ratio",
+    ]:
+        assert name in step, name
+    assert step["coverage"] == 1.0
+    parts = (
+        0.5 * step["cross_entropy"]
+        + 0.5 * (step["t2s_cross_entropy"] + step["t2s_divergence"] + step["s2t_divergence"])
+        + step["loss/gan_queries"]
+        + step["loss/gan_keys"]
+    )
+    assert step["loss"] == pytest.approx(parts, rel=1e-4)
+    probes = [entry for entry in history if "probe/mmd_squared" in entry]
+    assert [entry["step"] for entry in probes] == [0, 2, 4]
+    for name in ["sliced_wasserstein", "energy_distance", "mean_cosine", "two_sample_accuracy"]:
+        assert f"probe/{name}" in probes[0], probes[0].keys()
+    lines = (trainer.args.output_dir + "/metrics.jsonl", history)
+    with open(lines[0]) as stream:
+        assert [json.loads(line) for line in stream] == history
+
+
+def test_loss_falls(make_trainer):
+    trainer = make_trainer(GAN, max_steps=30, learning_rate=5e-3)
+    trainer.train()
+    values = losses(trainer)
+    assert sum(values[-3:]) < 0.7 * sum(values[:3]), values
+
+
+def test_a_run_stopped_at_half_and_resumed_gives_the_same_losses(make_trainer):
+    whole = make_trainer(GAN, max_steps=6, folder="whole", save_strategy="steps", save_steps=3)
+    whole.train()
+    resumed = make_trainer(GAN, max_steps=6, folder="resumed", save_strategy="steps", save_steps=3)
+    resumed.objective.query_projector.weight.data.normal_()  # whatever it starts from, the checkpoint must win
+    resumed.train(resume_from_checkpoint=str(whole.args.output_dir) + "/checkpoint-3")
+    assert losses(resumed)[3:] == losses(whole)[3:]
+    for name, parameter in whole.distillation_model.named_parameters():
+        assert torch.equal(parameter, dict(resumed.distillation_model.named_parameters())[name]), name
+
+
+def test_run_folder_is_a_checkpoint_of_the_student(make_trainer):
+    trainer = make_trainer(GAN)
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(loaded(ids).logits, trainer.student.eval()(ids).logits)
+    assert loaded.config.use_cache
+    assert len(AutoTokenizer.from_pretrained(trainer.args.output_dir)) == len(trainer.processing_class)
+
+
+def test_failed_saving_leaves_earlier_checkpoints_whole(make_trainer, monkeypatch, tmp_path):
+    trainer = make_trainer(GAN, max_steps=4, save_strategy="steps", save_steps=2)
+    write = torch.save
+
+    def full_disk(value, path, *args, **kwargs):
+        if trainer.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        write(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        trainer.train()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir()) == ["checkpoint-2"]
+    monkeypatch.undo()
+    again = make_trainer(GAN, max_steps=4, folder="other")
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert again.state.global_step == 4
+
+
+def test_nan_stops_and_names_the_term(make_trainer):
+    trainer = make_trainer(GAN)
+    with torch.no_grad():
+        trainer.objective.student_to_teacher.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteLoss, match="teacher_space.*s2t_divergence"):
+        trainer.train()
+
+
+def test_signal_saves_a_checkpoint_and_stops(make_trainer, tmp_path):
+    trainer = make_trainer(GAN, max_steps=10)
+    stop_after = 3
+
+    def interrupt(*args, **kwargs):
+        if trainer.state.global_step == stop_after - 1:
+            trainer.interrupt._handle(2, None)
+        return original(*args, **kwargs)
+
+    original, trainer.compute_loss = trainer.compute_loss, interrupt
+    trainer.train()
+    assert trainer.interrupt.interrupted
+    assert trainer.state.global_step == stop_after
+    assert (tmp_path / "run" / f"checkpoint-{stop_after}" / "objective.safetensors").is_file()
+
+
+def test_evaluation_averages_over_tokens_not_batches(make_trainer, tiny_bpe_tokenizer):
+    trainer = make_trainer("cross_entropy", teacher=False)
+    pairs = trainer.train_dataset
+    one = trainer.evaluate(eval_dataset=pairs)["eval_loss"]
+    trainer.args.per_device_eval_batch_size = 3
+    assert trainer.evaluate(eval_dataset=pairs)["eval_loss"] == pytest.approx(one, rel=1e-5)
+    total, count = 0.0, 0
+    for pair in pairs:
+        ids = torch.tensor([pair.student.input_ids])
+        labels = torch.tensor([pair.student.labels])
+        result = trainer.student.eval()(ids, labels=labels)
+        total += float(result.loss.detach()) * len(pair.student.spans)
+        count += len(pair.student.spans)
+    assert one == pytest.approx(total / count, rel=1e-4)
+
+
+def test_same_seed_same_numbers(make_trainer):
+    first, second, other = (make_trainer(GAN, seed=seed, folder=f"{n}") for n, seed in enumerate((1, 1, 2)))
+    for trainer in (first, second, other):
+        trainer.train()
+    assert losses(first) == losses(second)
+    assert losses(first) != losses(other)
+
+
+def test_bad_set_ups_are_refused(make_trainer):
+    with pytest.raises(UserError, match="needs a teacher"):
+        make_trainer("dskd_cma", teacher=False)
+    with pytest.raises(UserError, match="did you mean 'dskd_cma'"):
+        make_trainer("dskd_cmma")
+    trainer = make_trainer("cross_entropy", teacher=False)
+    trainer.get_optimizer_cls_and_kwargs = lambda args, model: (torch.optim.SGD, {"optimizer_dict": {}})
+    with pytest.raises(UserError, match="builds its own parameter groups"):
+        trainer.train()
+
+
+def test_low_rank_student_trains_adapters_only(make_trainer, tiny_bpe_tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    student = get_peft_model(
+        student_model(tiny_bpe_tokenizer), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+    trainer = make_trainer(GAN, student=student, save_strategy="steps", save_steps=2)
+    frozen = {n: p.detach().clone() for n, p in student.named_parameters() if not p.requires_grad}
+    trainer.train()
+    assert all(torch.equal(p, frozen[n]) for n, p in student.named_parameters() if n in frozen)
+    values = losses(trainer)
+    again = get_peft_model(
+        student_model(tiny_bpe_tokenizer), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+    resumed = make_trainer(GAN, student=again, folder="resumed")
+    resumed.train(resume_from_checkpoint=trainer.args.output_dir + "/checkpoint-2")
+    assert losses(resumed)[2:] == values[2:]
+
+
+def test_dropped_and_cut_rows_are_told(make_trainer, caplog):
+    with caplog.at_level(logging.WARNING):
+        make_trainer("cross_entropy", teacher=False, rows=[*ROWS, {"prompt": "x\n", "response": " "}], max_length=24)
+    assert "dropped" in caplog.text
+    assert "truncated" in caplog.text
