@@ -11,6 +11,7 @@ import tokenizer_zoo
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 
 from vocabridge.alignment import token_bytes
@@ -297,6 +298,14 @@ def test_bad_settings(tiny_bpe_tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no end-of-sequence token"):
         PairTokenizer(tiny_bpe_tokenizer, tokenizer)
+
+
+def test_id_beyond_the_vocabulary(tiny_bpe_tokenizer):
+    tokenizer = copy.deepcopy(tiny_bpe_tokenizer)
+    processor = TemplateProcessing(single="<new> $A", special_tokens=[("<new>", 12345)])
+    tokenizer.backend_tokenizer.post_processor = processor
+    with pytest.raises(UserError, match=r"f:1: .* gives the id 12345, beyond its vocabulary of 700 ids"):
+        PairTokenizer(tokenizer)(row("Paris"))
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------

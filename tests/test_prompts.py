@@ -112,6 +112,12 @@ def test_end_token_of_chat_is_what_the_template_writes(chatml_tokenizer):
     assert renderer.end_token_id != chatml_tokenizer.eos_token_id
 
 
+def test_end_token_is_the_first_of_several(chatml_tokenizer):
+    tokenizer = copy.deepcopy(chatml_tokenizer)
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", " <|im_end|>\n<|endoftext|><|im_start|>")
+    assert PromptRenderer(tokenizer, "chat").end_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
 def test_end_token_of_a_template_without_one_is_eos(chatml_tokenizer):
     tokenizer = copy.deepcopy(chatml_tokenizer)
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "")
