@@ -73,7 +73,7 @@ def byte_level_bpe(
 
 
 def sentencepiece_bpe(*, vocab_size: int = 800, style: str = "prepend") -> PreTrainedTokenizerFast:
-    """SentencePiece-style BPE with byte fallback; ``style``: ``prepend``, ``metaspace`` (Llama), ``replace`` (Gemma)."""
+    """SentencePiece-style BPE with byte fallback: ``prepend``, ``metaspace`` (Llama) or ``replace`` (Gemma)."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     control = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -102,13 +102,20 @@ def sentencepiece_bpe(*, vocab_size: int = 800, style: str = "prepend") -> PreTr
 
 
 def unigram(
-    *, vocab_size: int = 600, byte_fallback: bool = False, normalizer: normalizers.Normalizer | None = None
+    *,
+    vocab_size: int = 600,
+    byte_fallback: bool = False,
+    normalizer: normalizers.Normalizer | None = None,
+    words: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """T5's family: the model itself holds the control spellings as pieces."""
+    """The model itself holds the control spellings as pieces; ``words`` drops white space between words, as T5 does."""
     backend = Tokenizer(models.Unigram())
     if normalizer is not None:
         backend.normalizer = normalizer
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace]) if words else metaspace
+    )
     control = ["<pad>", "</s>", "<unk>"]
     byte_pieces = [f"<0x{value:02X}>" for value in range(256)] if byte_fallback else []
     # Without an alphabet cut every character of the corpus would be known and <unk> never tried.
@@ -124,8 +131,8 @@ def unigram(
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in control]
     state["model"]["byte_fallback"] = byte_fallback
     backend = Tokenizer.from_str(json.dumps(state))
-    metaspace = decoders.Metaspace(prepend_scheme="always")
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), metaspace]) if byte_fallback else metaspace
+    spaces = decoders.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), spaces]) if byte_fallback else spaces
     return wrap(backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -141,6 +148,31 @@ def word_piece(*, vocab_size: int = 700, lowercase: bool = True) -> PreTrainedTo
     )
     backend.train_from_iterator(_corpus(), trainer)
     return wrap(backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+
+
+def clip_bpe(*, vocab_size: int = 700) -> PreTrainedTokenizerFast:
+    """CLIP's family: lower case, byte alphabet, a suffix at the end of each word, white space dropped."""
+    backend = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "removed", invert=True), byte_level])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|startoftext|>", "<|endoftext|>", *(f"{char}</w>" for char in alphabet)],
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    backend.train_from_iterator(_corpus(), trainer)
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"].startswith("<|")]
+    backend = Tokenizer.from_str(json.dumps(state))
+    return wrap(backend, bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
 def characters() -> PreTrainedTokenizerFast:
@@ -169,6 +201,12 @@ def _squeezing() -> normalizers.Normalizer:
     return normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
 
 
+def _plain_letters() -> normalizers.Normalizer:
+    """ALBERT's: quotes, compatibility decomposition, no accents, lower case."""
+    quotes = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
+    return normalizers.Sequence([*quotes, normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
+
+
 def _alphabet_with_gaps() -> list[str]:
     """Without the bytes 04 06 13 14 16 1D F1 F2, the ones that SmolLM2 lacks; none is in the corpus."""
     controls = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -194,6 +232,9 @@ BUILDERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "unigram": unigram,
     "unigram-bytes": lambda: unigram(byte_fallback=True),
     "unigram-nfkc": lambda: unigram(normalizer=_squeezing()),
+    "unigram-words": lambda: unigram(words=True),
+    "unigram-words-nfkd": lambda: unigram(words=True, normalizer=_plain_letters()),
+    "clip-nfc": clip_bpe,
     "wordpiece-lower": word_piece,
     "wordpiece-cased": lambda: word_piece(lowercase=False),
     "characters": characters,

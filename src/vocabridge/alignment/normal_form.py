@@ -15,6 +15,9 @@ from vocabridge.alignment.family import TokenizerFamily
 
 Rewrite = Callable[[str], str]
 
+# Characters in front that may change what a normaliser makes of the next one; longer runs would cost their square.
+_CONTEXT = 32
+
 
 @dataclass(frozen=True, slots=True)
 class NormalForm:
@@ -92,17 +95,17 @@ def _grow(text: str, rewrite: Rewrite) -> list[tuple[str, str]]:
             known[part] = rewrite(part)
         return known[part]
 
-    pieces: list[tuple[str, str]] = []
-    for char in text:
-        if pieces:
-            before, before_normal = pieces[-1]
-            joined = cached(before + char)
-            # Marks can be reordered over several characters, which no test of neighbours sees.
-            if unicodedata.combining(char) or joined != before_normal + cached(char):
-                pieces[-1] = (before + char, joined)
-                continue
-        pieces.append((char, cached(char)))
-    return pieces
+    parts: list[str] = []
+    start = 0
+    for position in range(1, len(text)):
+        char = text[position]
+        before = text[max(start, position - _CONTEXT) : position]
+        # Marks can be reordered over several characters, which no test of neighbours sees.
+        if not unicodedata.combining(char) and cached(before + char) == cached(before) + cached(char):
+            parts.append(text[start:position])
+            start = position
+    parts.append(text[start:])
+    return [(part, cached(part)) for part in parts]
 
 
 def _merge_at_mismatch(pieces: list[tuple[str, str]], normal: str, rewrite: Rewrite) -> list[tuple[str, str]]:

@@ -59,6 +59,7 @@ class Reader:
         self._table = table
         self._unknown_ends = unknown_ends
         self._space_marker = (family.space_marker or " ").encode()
+        self._whole_words = family.model in ("WordPiece", "WordLevel")
         spells_all = family.byte_level or family.byte_fallback
         self._drops_unknown = family.model == "BPE" and family.unknown_token is None and not spells_all
         self._has_gaps = bool(table.missing_bytes) or self._drops_unknown
@@ -212,22 +213,20 @@ class Reader:
         # White space that has no token is not unknown: it lies in front.
         starts = [s for s in self._starts(position) if not (self._family.drops_space and self._white_space_length(s))]
         for start in starts:
-            if own_end > start:
+            # Words are what the pre-tokenizer says; elsewhere no character with a piece of its own is unknown.
+            if own_end > start and (self._whole_words or own_end in self._unknown_run(start)):
                 yield start, own_end
         for start in starts:
-            for end in reversed(self._unknown_run(start)):
-                if end != own_end:
-                    yield start, end
+            yield from ((start, end) for end in reversed(self._unknown_run(start)) if end != own_end)
 
     def _unknown_run(self, position: int) -> list[int]:
         """Ends of the runs of characters from ``position`` that one unknown token may cover."""
         ends: list[int] = []
-        whole_words = self._family.model in ("WordPiece", "WordLevel")
         while char := self._char(position):
-            if char in WHITE_SPACE if whole_words else not self._is_unknown(char):
+            if char in WHITE_SPACE if self._whole_words else not self._is_unknown(char):
                 break
             position += len(char.encode())
             ends.append(position)
-            if not (self._family.fuses_unknown or whole_words):
+            if not (self._family.fuses_unknown or self._whole_words):
                 break
         return ends
