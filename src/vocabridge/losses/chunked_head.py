@@ -26,7 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-DEFAULT_CHUNK_BYTES = 256 * 2**20
+DEFAULT_CHUNK_BYTES = 2**30
+"""On CPU the head's matrix products lose half their speed below about 100 rows, where reading ``[V, H]`` dominates.
+
+At V = 262144 on both sides this gives 170 rows: one step costs 1.3 times its bare matrix products; at 256 MiB, 1.9.
+"""
 
 TENSORS_PER_INPUT = 3
 """Logits-sized tensors alive at once per input: logits, log-probabilities and probabilities or gradient."""
