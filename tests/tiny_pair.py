@@ -9,7 +9,10 @@ ROWS = [
     {"prompt": "What is the capital of France?\n", "response": "The capital of France is Paris."},
     {"prompt": "Wer lernt?\n", "response": "Der Schüler lernt von der Lehrerin."},
     {"prompt": "Who jumps?\n", "response": "The quick brown fox jumps over the lazy dog 😀"},
-    {"prompt": "How do I cook rice?\n", "response": "First boil the water. Then add the rice, and wait for 20 minutes."},
+    {
+        "prompt": "How do I cook rice?\n",
+        "response": "First boil the water. Then add the rice, and wait for 20 minutes.",
+    },
     {"prompt": "什么跳过了懒狗?\n", "response": "敏捷的棕色狐狸跳过了懒狗。"},
     {"prompt": "What does a model learn?\n", "response": "A language model learns to predict the next token."},
     {"prompt": "Add two numbers.\n", "response": "def add(a, b):\n    return a + b"},

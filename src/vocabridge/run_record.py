@@ -13,7 +13,17 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("vocabridge", "torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "safetensors", "numpy")
+_PACKAGES = (
+    "vocabridge",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "safetensors",
+    "numpy",
+)
 
 
 def environment() -> dict[str, Any]:

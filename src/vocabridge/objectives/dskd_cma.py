@@ -274,9 +274,7 @@ class DskdCma(Objective):
         metrics |= {name: Ratio(value, count) for name, value in accuracies}
         return LossTerm(result.total, count, metrics=metrics | _location_metrics(attention, batch))
 
-    def _student_rows(
-        self, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _student_rows(self, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         (own, projected), (labels,) = logits, rows
         right = projected.detach().argmax(-1) == labels
         losses = [
@@ -305,9 +303,7 @@ class DskdCma(Objective):
         }
         return LossTerm(result.total, count, metrics=metrics)
 
-    def _teacher_rows(
-        self, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _teacher_rows(self, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         (projected, own), (labels,) = logits, rows
         loss = forward_kl(projected, own, temperature=self.config.temperature)
         return [loss], [(projected.detach().argmax(-1) == labels).float()]
@@ -334,8 +330,8 @@ def _location_metrics(attention: _Attention, batch: PairBatch) -> dict[str, Rati
     covered = student_chunks >= 0
     inside = (student_chunks[:, :, None] == teacher_chunks[:, None, :]) & covered[:, :, None]
     weights = attention.to_student.detach()
-    top = inside.gather(2, weights.argmax(-1, keepdim=True)).squeeze(-1)
     count = covered.sum()
+    top = inside.gather(2, weights.argmax(-1, keepdim=True)).squeeze(-1) if weights.numel() else covered
     return {
         "coverage": Ratio(count, attention.student.mask.sum()),
         "attention_in_chunk": Ratio((weights * inside).sum(), count),
