@@ -1,7 +1,7 @@
 """The quick start: a real teacher is distilled into a real student with another tokenizer, evaluated and explained.
 
-Every stage is an ordinary ``vocabridge`` command, printed before it runs. Finished stages are skipped when the script is
-started again, and a stage that was interrupted goes on where it stopped.
+Every stage is an ordinary ``vocabridge`` command, printed before it runs. Finished stages are skipped when the script
+is started again, and a stage that was interrupted goes on where it stopped.
 
     python examples/quickstart.py            all stages
     python examples/quickstart.py prepare    models and data only

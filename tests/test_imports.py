@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"objectives"},
     {"recipe"},
     {"distillation_model"},
-    {"saving", "checkpoint", "interrupt", "model_card", "run_record"},
+    {"saving", "interrupt", "model_card", "run_record", "training_arguments", "assembly"},
     {"trainer"},
     {"evaluation"},
     {"analysis"},

@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tiny_pair import ROWS, student_model, teacher_model
 from vocabridge.distillation_model import NonFiniteLoss
 from vocabridge.errors import UserError
-from vocabridge.trainer import DistillationConfig, DistillationTrainer
+from vocabridge.trainer import DistillationTrainer
+from vocabridge.training_arguments import DistillationConfig
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_trainer(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
     def make(objective="dskd_cma", *, student=None, teacher=True, folder="run", rows=ROWS, **arguments):
         defaults = {
@@ -157,7 +158,7 @@ def test_a_run_stopped_at_half_and_resumed_gives_the_same_losses(make_trainer):
     whole = make_trainer(GAN, max_steps=6, folder="whole", save_strategy="steps", save_steps=3)
     whole.train()
     resumed = make_trainer(GAN, max_steps=6, folder="resumed", save_strategy="steps", save_steps=3)
-    resumed.objective.query_projector.weight.data.normal_()  # whatever it starts from, the checkpoint must win
+    resumed.objective_module.query_projector.weight.data.normal_()  # whatever it starts from, the checkpoint must win
     resumed.train(resume_from_checkpoint=str(whole.args.output_dir) + "/checkpoint-3")
     assert losses(resumed)[3:] == losses(whole)[3:]
     for name, parameter in whole.distillation_model.named_parameters():
@@ -197,8 +198,8 @@ def test_failed_saving_leaves_earlier_checkpoints_whole(make_trainer, monkeypatc
 def test_nan_stops_and_names_the_term(make_trainer):
     trainer = make_trainer(GAN)
     with torch.no_grad():
-        trainer.objective.student_to_teacher.weight.fill_(float("nan"))
-    with pytest.raises(NonFiniteLoss, match="teacher_space.*s2t_divergence"):
+        trainer.objective_module.student_to_teacher.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteLoss, match=r"teacher_space.*s2t_divergence"):
         trainer.train()
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from vocabridge.recipe import Recipe, load_recipe
     from vocabridge.run import distill
     from vocabridge.text import Example
-    from vocabridge.trainer import DistillationConfig, DistillationTrainer
+    from vocabridge.trainer import DistillationTrainer
+    from vocabridge.training_arguments import DistillationConfig
 
 __version__ = "0.1.0"
 
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DistillationConfig": "trainer",
+    "DistillationConfig": "training_arguments",
     "DistillationTrainer": "trainer",
     "Example": "text",
     "PairCollator": "pairs",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from vocabridge.errors import UserError
 from vocabridge.losses.terms import LossTerm
@@ -26,7 +26,10 @@ class DistillationModel(nn.Module):
     accepts_loss_kwargs = True
     """Tells ``transformers.Trainer`` that losses are divided by counts over the whole optimizer step."""
 
-    def __init__(self, student: nn.Module, objective: Objective, *, vocab_size: int | None = None):
+    student: PreTrainedModel
+    objective: Objective
+
+    def __init__(self, student: PreTrainedModel, objective: Objective, *, vocab_size: int | None = None):
         super().__init__()
         self.student = student
         self.objective = objective
@@ -68,7 +71,9 @@ class DistillationModel(nn.Module):
 
 
 def _tally(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:
-    ratios = {f"loss/{name}": (term.sum, term.count) for name, term in terms.items()}
+    ratios: dict[str, tuple[Tensor | float, Tensor | float]] = {
+        f"loss/{name}": (term.sum, term.count) for name, term in terms.items()
+    }
     for term in terms.values():
         ratios |= {name: (ratio.sum, ratio.count) for name, ratio in term.metrics.items()}
     device = next(iter(terms.values())).sum.device

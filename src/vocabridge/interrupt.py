@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class InterruptCallback(TrainerCallback):
-    """The first SIGINT or SIGTERM asks for a checkpoint and a stop after the running step; a second one stops at once."""
+    """The first SIGINT or SIGTERM asks for a checkpoint and a stop after the running step; a second stops at once."""
 
     def __init__(self) -> None:
         self.interrupted = False

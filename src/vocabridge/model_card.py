@@ -28,7 +28,7 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 - Prompt template: `{template}`.
 - Training data: {data}.
 - Optimizer steps: {steps}; seed {seed}. Last logged training loss: {loss}.
-- Everything needed to repeat the run: `recipe.yaml` (resolved), `run.json` (versions, commit, machine), `metrics.jsonl` (log).
+- To repeat the run: `recipe.yaml` (resolved), `run.json` (versions, commit, machine); its log is `metrics.jsonl`.
 {learned}
 The licences of both models and of the data apply to this model; this card cannot know them.
 """
@@ -58,8 +58,8 @@ def write_model_card(
         steps=steps,
         seed=seed,
         loss="none" if loss is None else f"{loss:.4f}",
-        learned="- `objective.safetensors` holds the objective's learned parts (projectors, discriminator); inference does "
-        "not need it.\n"
+        learned="- `objective.safetensors` holds the objective's learned parts (projectors, discriminator); "
+        "inference does not need it.\n"
         if has_learned_parts
         else "",
     )

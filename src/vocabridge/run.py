@@ -15,15 +15,16 @@ from peft import PeftModel
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from vocabridge.saving import OBJECTIVE_FILE, publish, staged_folder
 from vocabridge.errors import UserError
 from vocabridge.model_card import write_model_card
 from vocabridge.models.loading import load_student, load_teacher, load_tokenizer
 from vocabridge.pairs import PairTokenizer, StreamingPairs
 from vocabridge.recipe import Recipe
 from vocabridge.run_record import write_run_record
+from vocabridge.saving import OBJECTIVE_FILE, publish, staged_folder
 from vocabridge.text import Example, iter_examples, read_examples
-from vocabridge.trainer import DistillationConfig, DistillationTrainer
+from vocabridge.trainer import DistillationTrainer
+from vocabridge.training_arguments import DistillationConfig
 
 logger = logging.getLogger(__name__)
 

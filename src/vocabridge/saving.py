@@ -13,7 +13,7 @@ from pathlib import Path
 
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from vocabridge.errors import UserError
@@ -54,8 +54,10 @@ def publish(staging: Path, target_dir: Path) -> None:
         path.replace(target)
 
 
-def save_parts(student: nn.Module, objective: Objective, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
-    """Write student and objective into ``folder``; ``state_dict`` is the gathered one of a sharded distillation model."""
+def save_parts(
+    student: PreTrainedModel, objective: Objective, folder: Path, state_dict: dict[str, Tensor] | None
+) -> None:
+    """Write student and objective into ``folder``; ``state_dict`` is the gathered one of a sharded model."""
     student_state = _part(state_dict, "student.") if state_dict is not None else None
     objective_state = _part(state_dict, "objective.") if state_dict is not None else objective.state_dict()
     config = student.config
@@ -69,7 +71,7 @@ def save_parts(student: nn.Module, objective: Objective, folder: Path, state_dic
         save_file(tensors, folder / OBJECTIVE_FILE, metadata={"format": "pt"})
 
 
-def load_parts(student: nn.Module, objective: Objective, folder: Path) -> None:
+def load_parts(student: PreTrainedModel, objective: Objective, folder: Path) -> None:
     """Read back what :func:`save_parts` wrote.
 
     Raises:
@@ -78,7 +80,6 @@ def load_parts(student: nn.Module, objective: Objective, folder: Path) -> None:
     if isinstance(student, PeftModel):
         set_peft_model_state_dict(student, load_file(_existing(folder / "adapter_model.safetensors")))
     else:
-        assert isinstance(student, PreTrainedModel)
         saved = type(student).from_pretrained(str(folder), dtype=student.dtype, use_safetensors=True)
         student.load_state_dict(saved.state_dict())
     expected = objective.state_dict()

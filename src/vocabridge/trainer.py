@@ -3,84 +3,33 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from vocabridge.saving import load_parts, publish, save_parts, staged_folder
+from vocabridge.assembly import as_pairs, build_objective, resolve_model
 from vocabridge.distillation_model import DistillationModel
 from vocabridge.errors import UserError
 from vocabridge.interrupt import InterruptCallback
 from vocabridge.models.forward import check_head
-from vocabridge.models.loading import (
-    check_tokenizer_matches,
-    load_student,
-    load_teacher,
-    load_tokenizer,
-    vocabulary_size,
-)
-from vocabridge.models.spec import ModelSpec, Side
+from vocabridge.models.loading import vocabulary_size
 from vocabridge.models.teacher import LiveTeacher
-from vocabridge.objectives import objective_class, objective_info
-from vocabridge.objectives.base import Objective, ObjectiveSetup
-from vocabridge.pairs import (
-    PairBatch,
-    PairCollator,
-    PairDataset,
-    PairTokenizer,
-    StreamingPairs,
-    pad_token_id,
-    tokenize_examples,
-)
-from vocabridge.text import Example, read_examples
+from vocabridge.objectives.base import Objective
+from vocabridge.pairs import IGNORE_INDEX, PairBatch, PairCollator, PairDataset, PairTokenizer, pad_token_id
+from vocabridge.saving import load_parts, publish, save_parts, staged_folder
+from vocabridge.training_arguments import DistillationConfig
 
-logger = logging.getLogger(__name__)
+__all__ = ["DistillationConfig", "DistillationTrainer"]
 
 METRICS_FILE = "metrics.jsonl"
-
-
-@dataclass
-class DistillationConfig(TrainingArguments):
-    """``transformers.TrainingArguments`` and what distillation adds."""
-
-    max_length: int = field(default=512, metadata={"help": "Tokens of prompt and response per side; longer is cut."})
-    student_template: str = field(default="plain", metadata={"help": "How the student sees a prompt: plain or chat."})
-    teacher_template: str = field(default="plain", metadata={"help": "How the teacher sees a prompt: plain or chat."})
-    projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of projectors; default: learning_rate."}
-    )
-    discriminator_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the discriminator; default: projector_learning_rate."}
-    )
-    diagnostics_steps: int = field(
-        default=50, metadata={"help": "Optimizer steps between measurements of query and key distributions; 0: never."}
-    )
-    diagnostics_examples: int = field(
-        default=32, metadata={"help": "Training examples in the fixed set on which distributions are measured."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Always off: batches are plain tensors."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("projector_learning_rate", "discriminator_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise UserError(f"{name} must be a number of at least 0, got {value}.")
-        if self.accelerator_config.dispatch_batches is None:
-            self.accelerator_config.dispatch_batches = False  # batches of a stream have no common first dimension
-        if self._n_gpu > 1:
-            logger.warning("several GPUs in one process: only the first is used; start one process per GPU (torchrun)")
-            self._n_gpu = 1
 
 
 class DistillationTrainer(Trainer):
@@ -103,6 +52,7 @@ class DistillationTrainer(Trainer):
         UserError: the objective, models, tokenizers and data do not fit together.
     """
 
+    args: DistillationConfig
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -120,30 +70,33 @@ class DistillationTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
         set_seed(args.seed)  # the projectors start at random, before the base class sets the seed
-        student, student_tokenizer = _resolve(student, student_tokenizer, "student")
-        if teacher is not None:
-            teacher, teacher_tokenizer = _resolve(teacher, teacher_tokenizer, "teacher")
+        student, student_tokenizer = resolve_model(student, student_tokenizer, "student")
+        if teacher is None:
+            teacher_tokenizer = None
+        else:
+            teacher, teacher_tokenizer = resolve_model(teacher, teacher_tokenizer, "teacher")
         self.pair_tokenizer = PairTokenizer(
             student_tokenizer,
-            teacher_tokenizer if teacher is not None else None,
+            teacher_tokenizer,
             student_template=args.student_template,
             teacher_template=args.teacher_template,
             max_length=args.max_length,
         )
-        self.teacher = (
-            LiveTeacher(teacher, vocab_size=vocabulary_size(teacher_tokenizer)) if teacher is not None else None
-        )
-        built = _build_objective(objective, student, student_tokenizer, teacher, teacher_tokenizer)
+        self.teacher: LiveTeacher | None = None
+        if teacher is not None and teacher_tokenizer is not None:
+            self.teacher = LiveTeacher(teacher, vocab_size=vocabulary_size(teacher_tokenizer))
+        built = build_objective(objective, student, student_tokenizer, teacher, teacher_tokenizer)
         self.interrupt = InterruptCallback()
-        train_pairs = _as_pairs(train_dataset, self.pair_tokenizer)
+        self.student_tokenizer = student_tokenizer
+        collator = PairCollator(
+            pad_token_id(student_tokenizer), None if teacher_tokenizer is None else pad_token_id(teacher_tokenizer)
+        )
         super().__init__(
             model=DistillationModel(student, built, vocab_size=vocabulary_size(student_tokenizer)),
             args=args,
-            data_collator=PairCollator(
-                pad_token_id(student_tokenizer), pad_token_id(teacher_tokenizer) if teacher is not None else None
-            ),
-            train_dataset=train_pairs,
-            eval_dataset=_as_pairs(eval_dataset, self.pair_tokenizer),
+            data_collator=cast(Any, collator),
+            train_dataset=as_pairs(train_dataset, self.pair_tokenizer),
+            eval_dataset=as_pairs(eval_dataset, self.pair_tokenizer),
             processing_class=student_tokenizer,
             callbacks=[*(callbacks or []), self.interrupt],
             optimizers=optimizers,
@@ -159,7 +112,7 @@ class DistillationTrainer(Trainer):
     @property
     def distillation_model(self) -> DistillationModel:
         """The unwrapped module that is trained."""
-        return self.accelerator.unwrap_model(self.model)
+        return cast(DistillationModel, self.accelerator.unwrap_model(self.model))
 
     @property
     def student(self) -> PreTrainedModel:
@@ -167,19 +120,24 @@ class DistillationTrainer(Trainer):
         return self.distillation_model.student
 
     @property
-    def objective(self) -> Objective:
-        """The objective with its learned parts."""
+    def objective_module(self) -> Objective:
+        """The objective with its learned parts (``Trainer.objective`` is something else: the sweep's metric)."""
         return self.distillation_model.objective
 
     # --- training -----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """As ``transformers.Trainer.train``, after the start-up check of both heads on one batch."""
         if not self._checked:
             self._check_heads()
             self._checked = True
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.interrupt.restore()
 
@@ -190,8 +148,8 @@ class DistillationTrainer(Trainer):
             UserError: an optimizer that builds its own parameter groups.
         """
         if self.optimizer is None:
-            trained = self.model if model is None else model
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            trained = cast(nn.Module, self.model if model is None else model)
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, trained))
             if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & set(kwargs):
                 raise UserError(
                     f"training.optim: '{self.args.optim}' builds its own parameter groups and would miss the "
@@ -201,7 +159,7 @@ class DistillationTrainer(Trainer):
         return self.optimizer
 
     def _parameter_groups(self, model: nn.Module, optimizer_kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
-        names = {id(p): name for name, ps in self.objective.parameter_groups().items() for p in ps}
+        names = {id(p): name for name, ps in self.objective_module.parameter_groups().items() for p in ps}
         projector_rate = self.args.projector_learning_rate
         projector_rate = self.args.learning_rate if projector_rate is None else projector_rate
         discriminator_rate = self.args.discriminator_learning_rate
@@ -210,8 +168,8 @@ class DistillationTrainer(Trainer):
             "projectors": projector_rate,
             "discriminator": projector_rate if discriminator_rate is None else discriminator_rate,
         }
-        # Momentum makes the two-player game circle: on shifted Gaussians MMD^2 fell from 0.33 to 0.02 with these betas and
-        # rose to 0.54 with AdamW's own.
+        # Momentum makes the two-player game circle: on shifted Gaussians MMD^2 fell from 0.33 to 0.02 with these
+        # betas and rose to 0.54 with AdamW's own.
         special = {"discriminator": {"betas": (0.0, 0.9)}} if "betas" in optimizer_kwargs else {}
         decayed = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[str, bool], dict[str, Any]] = {}
@@ -243,12 +201,12 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: PairBatch,
+        inputs: Any,
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
         """The micro-batch's share of the optimizer step's loss; parts are kept for the log."""
-        objective = self.objective
+        objective = self.objective_module
         objective.set_step(self.state.global_step)
         objective.record_gradients(self._logs_next())
         teacher = self.teacher(inputs) if self.teacher is not None else None
@@ -269,11 +227,11 @@ class DistillationTrainer(Trainer):
         """Adds the averages of all terms, the gradient measurements and, every k steps, the distribution distances."""
         if "loss" in logs:
             logs |= self._drain(self._tally)
-            logs |= self.objective.gradient_metrics()
+            logs |= self.objective_module.gradient_metrics()
             self._tally = {}
         super().log(logs, start_time)
         if self.is_world_process_zero():
-            with (Path(self.args.output_dir) / METRICS_FILE).open("a", encoding="utf-8") as stream:
+            with (Path(str(self.args.output_dir)) / METRICS_FILE).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(self.state.log_history[-1]) + "\n")
 
     def _drain(self, tally: Mapping[str, Tensor]) -> dict[str, float]:
@@ -294,20 +252,19 @@ class DistillationTrainer(Trainer):
             return {}
         student_embedding = self.student.get_input_embeddings()
         teacher_embedding = self.teacher.model.get_input_embeddings()
-        was_training = self.objective.training
-        self.objective.eval()
+        was_training = self.objective_module.training
+        self.objective_module.eval()
         try:
-            report = self.objective.probe(batch, student_embedding, teacher_embedding)
+            report = self.objective_module.probe(batch, student_embedding, teacher_embedding)
         finally:
-            self.objective.train(was_training)
+            self.objective_module.train(was_training)
         return {f"probe/{name}": value for name, value in report.items() if math.isfinite(value)}
 
     def _probe(self) -> PairBatch | None:
         if self._probe_batch is None and isinstance(self.train_dataset, PairDataset):
             size = min(self.args.diagnostics_examples, len(self.train_dataset))
             chosen = random.Random(self.args.seed).sample(range(len(self.train_dataset)), size)
-            batch = self.data_collator([self.train_dataset[index] for index in chosen])
-            self._probe_batch = self._prepare_inputs(batch)
+            self._probe_batch = self._collate([self.train_dataset[index] for index in chosen])
         return self._probe_batch
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
@@ -321,22 +278,23 @@ class DistillationTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Averages every term over all supervised student positions of the data set, exactly (not over batches)."""
-        model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        model = cast(nn.Module, self.model_wrapped if sharded else self.model)
         model.eval()
         tally: dict[str, Tensor] = {}
         num_samples = 0
         for inputs in dataloader:
-            batch = self._prepare_inputs(inputs)
+            batch = cast(PairBatch, self._prepare_inputs(inputs))
             num_samples += batch["input_ids"].shape[0]
             for name, pair in self._evaluate_batch(model, batch).items():
                 tally[name] = tally[name] + pair if name in tally else pair
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._drain(tally).items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_samples)
+        return EvalLoopOutput(cast(Any, None), None, metrics, num_samples)
 
     @torch.no_grad()
     def _evaluate_batch(self, model: nn.Module, batch: PairBatch) -> dict[str, Tensor]:
-        self.objective.record_gradients(False)
+        self.objective_module.record_gradients(False)
         counts = _count_supervised(batch).to(batch["labels"].device).double()
         student, teacher = counts.clamp(min=1).unbind()
         signal = self.teacher(batch) if self.teacher is not None else None
@@ -375,7 +333,7 @@ class DistillationTrainer(Trainer):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _leave_staging(self, staging: Path, run_dir: Path) -> None:
-        """The state saved inside the checkpoint must name the best checkpoint where it will be, not where it was made."""
+        """The state inside the checkpoint must name the best checkpoint where it will be, not where it was made."""
         best = self.state.best_model_checkpoint
         if best is not None and Path(best).parent == staging:
             self.state.best_model_checkpoint = str(run_dir / Path(best).name)
@@ -387,7 +345,7 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Student as a Hugging Face checkpoint, learned parts and tokenizer beside it; no pickled arguments."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         if not self.args.should_save:
             return
         if self._staging is None and self.args.world_size == 1:
@@ -399,27 +357,30 @@ class DistillationTrainer(Trainer):
 
     def _write_parts(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_parts(self.student, self.objective, folder, state_dict)
-        self.processing_class.save_pretrained(str(folder))
+        save_parts(self.student, self.objective_module, folder, state_dict)
+        self.student_tokenizer.save_pretrained(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_parts(self.student, self.objective, Path(resume_from_checkpoint))
+            load_parts(self.student, self.objective_module, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         elif self.state.best_model_checkpoint is not None:
-            load_parts(self.student, self.objective, Path(self.state.best_model_checkpoint))
+            load_parts(self.student, self.objective_module, Path(self.state.best_model_checkpoint))
 
     # --- start-up -----------------------------------------------------------------------------------------------------
+
+    def _collate(self, pairs: list[Any]) -> PairBatch:
+        return cast(PairBatch, self._prepare_inputs(self.data_collator(pairs)))
 
     def _check_heads(self) -> None:
         if not isinstance(self.train_dataset, PairDataset) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
-        batch = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
+        batch = self._collate([self.train_dataset[0]])
         check_head(
             self.student,
             batch["input_ids"],
@@ -466,56 +427,6 @@ class DiagnosticsCallback(TrainerCallback):
 
 
 def _count_supervised(batch: PairBatch) -> Tensor:
-    sides = ("labels", "teacher_labels")
-    return torch.stack([batch[side].ne(-100).sum() if side in batch else torch.tensor(0) for side in sides])
-
-
-def _resolve(
-    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, side: Side
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if isinstance(model, str):
-        spec = ModelSpec(model=model)
-        model, tokenizer = (
-            (load_student if side == "student" else load_teacher)(spec),
-            tokenizer or load_tokenizer(spec),
-        )
-    elif tokenizer is None:
-        name = getattr(model.config, "_name_or_path", "")
-        if not name:
-            raise UserError(f"{side}_tokenizer is needed: this {side} model does not say where it came from.")
-        tokenizer = load_tokenizer(ModelSpec(model=name))
-    check_tokenizer_matches(tokenizer, model, side)
-    return model, tokenizer
-
-
-def _build_objective(
-    objective: str | Mapping[str, Any] | Objective,
-    student: PreTrainedModel,
-    student_tokenizer: PreTrainedTokenizerBase,
-    teacher: PreTrainedModel | None,
-    teacher_tokenizer: PreTrainedTokenizerBase | None,
-) -> Objective:
-    if isinstance(objective, Objective):
-        return objective
-    settings = {"name": objective} if isinstance(objective, str) else dict(objective)
-    name = settings.pop("name")
-    config_class = objective_info(name).config_class
-    if "teacher" in config_class.needs and teacher is None:
-        raise UserError(f"objective '{name}' needs a teacher; give teacher=... or use cross_entropy.")
-    implementation = objective_class(name)
-    setup = ObjectiveSetup(
-        student_hidden_size=student.get_input_embeddings().embedding_dim,
-        student_embedding=student.get_input_embeddings(),
-        student_tokenizer=student_tokenizer,
-        teacher_hidden_size=None if teacher is None else teacher.get_input_embeddings().embedding_dim,
-        teacher_embedding=None if teacher is None else teacher.get_input_embeddings(),
-        teacher_tokenizer=teacher_tokenizer,
-    )
-    return implementation(config_class.model_validate(settings), setup)
-
-
-def _as_pairs(data: Any, pair_tokenizer: PairTokenizer) -> PairDataset | StreamingPairs | None:
-    if data is None or isinstance(data, PairDataset | StreamingPairs):
-        return data
-    examples = data if isinstance(data, list) and data and isinstance(data[0], Example) else read_examples(data)
-    return tokenize_examples(examples, pair_tokenizer)
+    """``[2]`` supervised positions of the student's and the teacher's side."""
+    sides = (batch["labels"], batch.get("teacher_labels"))
+    return torch.stack([torch.tensor(0) if labels is None else labels.ne(IGNORE_INDEX).sum().cpu() for labels in sides])

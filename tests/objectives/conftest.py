@@ -58,6 +58,6 @@ class GoldenBatch:
         }
 
 
-@pytest.fixture()
+@pytest.fixture
 def golden():
     return GoldenBatch

@@ -72,7 +72,7 @@ class World:
         }
 
 
-@pytest.fixture()
+@pytest.fixture
 def world(name, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
     return World(name, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer)
 

@@ -1,0 +1,1 @@
+"""Pure row mathematics: divergences, chunked heads, distances; knows no model and no trainer."""

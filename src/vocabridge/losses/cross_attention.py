@@ -55,7 +55,7 @@ def attention_weights(scores: Tensor, key_mask: Tensor) -> Tensor:
 
 
 def scalar_std(packed: Tensor, rows: Tensor | None, num_examples: int) -> Tensor:
-    """One standard deviation (n-1) over all elements of ``packed [N, F]``; per example and spread to ``[N, 1]`` with ``rows``.
+    """One standard deviation (n-1) over all elements of ``packed [N, F]``; with ``rows`` one per example, ``[N, 1]``.
 
     Per example it does not depend on which examples share the micro-batch, so gradient accumulation and data
     parallelism stay exact; over the whole batch (``rows=None``) it is the published form.

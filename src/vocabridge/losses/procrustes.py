@@ -16,9 +16,10 @@ def unit_centred(vectors: Tensor, center: Tensor) -> Tensor:
 
 
 def orthogonal_map(source: Tensor, target: Tensor) -> Tensor:
-    """The matrix ``R [D, d]`` with orthonormal columns (or rows, if d > D) that brings ``source [n, d]`` nearest ``target [n, D]``.
+    """The matrix ``R [D, d]`` with orthonormal columns (rows if d > D) that brings ``source`` nearest ``target``.
 
-    Minimises ``sum_i |R s_i - t_i|^2``: R = V U^T with U S V^T the SVD of ``source^T target``.
+    With ``source [n, d]`` and ``target [n, D]`` it minimises ``sum_i |R s_i - t_i|^2``: R = V U^T, where U S V^T is the
+    singular value decomposition of ``source^T target``.
     """
     u, _, vh = torch.linalg.svd(source.double().T @ target.double(), full_matrices=False)
     return (u @ vh).T.to(source.dtype)

@@ -20,12 +20,12 @@ class GanConfig(Settings):
     train_discriminator: bool = True
     """False freezes it at its random start, which is what the published code does; for ablations only."""
     updates: Literal["reversal", "alternating"] = "reversal"
-    """``reversal``: one backward trains both sides; ``alternating``: steps belong to the discriminator or to the queries."""
+    """``reversal``: one backward trains both sides; ``alternating``: each step belongs to one of them."""
     discriminator_steps: int = Field(1, ge=1)
     """With ``alternating``: optimizer steps of the discriminator for each one of the query projector."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Targets become 1 - s and s."""
     r1_penalty: float = Field(0.0, ge=0)
-    """Weight of the squared gradient norm of the discriminator at the keys (Mescheder et al. 2018, arXiv 1801.04406)."""
+    """Weight of the discriminator's squared gradient norm at the keys (Mescheder et al. 2018, arXiv 1801.04406)."""
     spectral_norm: bool = False
     """Spectral normalisation of the discriminator's linear layers (Miyato et al. 2018, arXiv 1802.05957)."""

@@ -56,6 +56,11 @@ class Discriminator(nn.Module):
         self.output = wrap(nn.Linear(config.hidden_size, 1))
         self.requires_grad_(config.train_discriminator)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.parameters()).dtype
+
     def forward(self, features: Tensor) -> Tensor:
         """Logit of "is a query" per row, in the parameters' dtype."""
         mixed = self.highway(features)
@@ -114,7 +119,7 @@ class GanMatching(nn.Module):
         return not query_turn, query_turn
 
     def _discriminate(self, queries: Tensor, keys: Tensor, trains_discriminator: bool) -> tuple[Tensor, Tensor]:
-        together = torch.cat([queries, keys]).to(self.discriminator.output.bias.dtype)
+        together = torch.cat([queries, keys]).to(self.discriminator.dtype)
         if trains_discriminator:
             logits = self.discriminator(together)
         else:
@@ -124,6 +129,6 @@ class GanMatching(nn.Module):
         return logits[: queries.shape[0]], logits[queries.shape[0] :]
 
     def _squared_gradient(self, keys: Tensor) -> Tensor:
-        points = keys.to(self.discriminator.output.bias.dtype).requires_grad_(True)
+        points = keys.to(self.discriminator.dtype).requires_grad_(True)
         (gradient,) = torch.autograd.grad(self.discriminator(points).sum(), points, create_graph=True)
         return gradient.float().square().sum()

@@ -10,9 +10,9 @@ from torch import Tensor
 class GradientMeter:
     """Measures ``|dL_name/dP|`` for several losses that use the output of one linear map ``P`` under different names.
 
-    Every loss gets its own view of the output ``[N, F_out]``; a hook on the view sees that loss's gradient G alone. With
-    the map's input X the weight's gradient is G^T X, and its Frobenius norm follows from two [N, N] products without
-    forming it. Over several micro-batches the norms are averaged.
+    Every loss gets its own view of the output ``[N, F_out]``; a hook on the view sees that loss's gradient G alone.
+    With the map's input X the weight's gradient is G^T X, and its Frobenius norm follows from two [N, N] products
+    without forming it. Over several micro-batches the norms are averaged.
     """
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ What we do differently, and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -88,7 +88,7 @@ class Config(ObjectiveConfig):
     gan: GanConfig = GanConfig()
 
     @model_validator(mode="after")
-    def _check(self) -> "Config":
+    def _check(self) -> Self:
         if self.query_start == "closed_form" and self.query_normalize != "none":
             raise ValueError("query_normalize has no effect with query_start 'closed_form'; leave it out")
         if self.matching != "gan" and self.gan != GanConfig():
@@ -112,6 +112,8 @@ class DskdCma(Objective):
     """Cross-model attention in both directions, with an optional key-query matching term."""
 
     config: Config
+    student_center: Tensor
+    teacher_center: Tensor
 
     def __init__(self, config: Config, setup: ObjectiveSetup):
         super().__init__(config, setup)
@@ -140,7 +142,8 @@ class DskdCma(Objective):
 
     @torch.no_grad()
     def _start_closed_form(self, setup: ObjectiveSetup) -> None:
-        assert setup.teacher_tokenizer is not None and setup.teacher_embedding is not None
+        assert setup.teacher_tokenizer is not None
+        assert setup.teacher_embedding is not None
         shared = shared_vocabulary(setup.student_tokenizer, setup.teacher_tokenizer)
         if len(shared.student_ids) < 2:
             raise UserError(

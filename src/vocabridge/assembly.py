@@ -1,0 +1,89 @@
+"""From what a user hands to the trainer to models, objective and tokenized pairs that fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from pydantic import ValidationError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vocabridge.errors import UserError
+from vocabridge.models.loading import check_tokenizer_matches, load_student, load_teacher, load_tokenizer
+from vocabridge.models.spec import ModelSpec, Side
+from vocabridge.objectives import objective_class, objective_info
+from vocabridge.objectives.base import Objective, ObjectiveSetup
+from vocabridge.pairs import PairDataset, PairTokenizer, StreamingPairs, tokenize_examples
+from vocabridge.text import Example, read_examples
+
+
+def resolve_model(
+    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, side: Side
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load what was given by name, find the tokenizer of a model given as an object, and check that they fit.
+
+    Raises:
+        UserError: a part is missing or the tokenizer belongs to another model.
+    """
+    if isinstance(model, str):
+        spec = ModelSpec(model=model)
+        model = load_student(spec) if side == "student" else load_teacher(spec)
+        tokenizer = tokenizer or load_tokenizer(spec)
+    elif tokenizer is None:
+        name = getattr(model.config, "_name_or_path", "")
+        if not name:
+            raise UserError(f"{side}_tokenizer is needed: this {side} model does not say where it came from.")
+        tokenizer = load_tokenizer(ModelSpec(model=name))
+    check_tokenizer_matches(tokenizer, model, side)
+    return model, tokenizer
+
+
+def build_objective(
+    objective: str | Mapping[str, Any] | Objective,
+    student: PreTrainedModel,
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> Objective:
+    """The objective by name or settings, ready to train this pair.
+
+    Raises:
+        UserError: unknown name, bad settings, or a teacher is needed and missing.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    settings = {"name": objective} if isinstance(objective, str) else dict(objective)
+    name = settings.pop("name")
+    config_class = objective_info(name).config_class
+    if "teacher" in config_class.needs and teacher is None:
+        raise UserError(f"objective '{name}' needs a teacher; give teacher=... or use cross_entropy.")
+    student_embedding = student.get_input_embeddings()
+    teacher_embedding = None if teacher is None else teacher.get_input_embeddings()
+    setup = ObjectiveSetup(
+        student_hidden_size=_width(student_embedding),
+        student_embedding=student_embedding,
+        student_tokenizer=student_tokenizer,
+        teacher_hidden_size=None if teacher_embedding is None else _width(teacher_embedding),
+        teacher_embedding=teacher_embedding,
+        teacher_tokenizer=teacher_tokenizer,
+    )
+    try:
+        config = config_class.model_validate(settings)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise UserError(f"objective '{name}': {problems}.") from error
+    return objective_class(name)(config, setup)
+
+
+def _width(embedding: nn.Module) -> int:
+    """Width of the last hidden states too: the head reads them at the embedding's width."""
+    return cast(nn.Embedding, embedding).embedding_dim
+
+
+def as_pairs(data: Any, pair_tokenizer: PairTokenizer) -> PairDataset | StreamingPairs | None:
+    """Tokenize rows in any form that :func:`vocabridge.text.read_examples` takes; pairs stay as they are."""
+    if data is None or isinstance(data, PairDataset | StreamingPairs):
+        return data
+    examples = data if isinstance(data, list) and data and isinstance(data[0], Example) else read_examples(data)
+    return tokenize_examples(examples, pair_tokenizer)
