@@ -7,13 +7,13 @@ import logging
 
 import numpy as np
 import pytest
-import tokenizer_zoo
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 
+import tokenizer_zoo
 from vocabridge.alignment import token_bytes
 from vocabridge.errors import UserError
 from vocabridge.pairs import (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 
 import pytest
-import tokenizer_zoo
 from tokenizers.processors import TemplateProcessing
 
+import tokenizer_zoo
 from vocabridge.errors import UserError
 from vocabridge.prompts import PromptRenderer, render_prompt, spelled_control_token
 from vocabridge.text import parse_row

@@ -108,6 +108,7 @@ def test_log_has_every_term_and_diagnostic(make_trainer):
     trainer = make_trainer(GAN)
     trainer.train()
     history = trainer.state.log_history
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
     step = next(entry for entry in history if "loss" in entry)
     for name in [
         "loss/student_space",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 ROWS = [
     {"prompt": "What is the capital of France?\n", "response": "The capital of France is Paris."},
@@ -40,10 +40,10 @@ def student_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, tied: bo
     )
 
 
-def teacher_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 1) -> Qwen2ForCausalLM:
+def teacher_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 1) -> MistralForCausalLM:
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
+    return MistralForCausalLM(
+        MistralConfig(
             vocab_size=len(tokenizer),
             hidden_size=48,
             intermediate_size=96,

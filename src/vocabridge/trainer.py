@@ -192,6 +192,8 @@ class DistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[PairBatch], device: torch.device) -> Any:
         """Supervised positions of the whole optimizer step by unit, summed over accumulation and ranks."""
+        if not batch_samples:  # a stream that ends with the step before
+            return None
         counts = torch.stack([_count_supervised(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
@@ -419,7 +421,9 @@ class DiagnosticsCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every ``diagnostics_steps``."""
         if state.global_step % args.diagnostics_steps == 0:
+            log_wanted = control.should_log
             self._measure(state.global_step)
+            control.should_log = log_wanted  # logging takes the wish back, and the step's own losses are still due
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the last step."""

@@ -7,12 +7,12 @@ import random
 
 import numpy as np
 import pytest
-import tokenizer_zoo
-from adversarial_text import adversarial_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+import tokenizer_zoo
+from adversarial_text import adversarial_texts
 from vocabridge.alignment import byte_spans, chunk_ids
 
 Spans = list[tuple[int, int]]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import tokenizer_zoo
-from adversarial_text import adversarial_texts, texts
 from hypothesis import given, settings
-from span_oracle import SpanOracle
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+import tokenizer_zoo
+from adversarial_text import adversarial_texts, texts
+from span_oracle import SpanOracle
 from vocabridge.alignment import byte_spans, encode_continuation
 
 LOSSLESS = [

@@ -9,9 +9,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import tokenizer_zoo
 from rich.console import Console
 
+import tokenizer_zoo
 import vocabridge.alignment.report as report_module
 from vocabridge.alignment import token_bytes
 from vocabridge.alignment.report import pair_report, render_report

@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import tokenizer_zoo
-from adversarial_text import adversarial_texts, texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from span_oracle import SpanOracle
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+import tokenizer_zoo
+from adversarial_text import adversarial_texts, texts
+from span_oracle import SpanOracle
 from vocabridge.alignment import EncodedText, byte_spans
 from vocabridge.errors import UserError
 

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-import tokenizer_zoo
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import tokenizer_zoo
 from vocabridge.alignment import check_tokenizer_file
 from vocabridge.errors import UserError
 

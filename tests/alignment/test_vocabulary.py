@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-import tokenizer_zoo
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+import tokenizer_zoo
 from vocabridge.alignment import byte_spans, shared_vocabulary, token_bytes
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import tokenizer_zoo
 import torch
 import transformers
 from peft import PeftModel
 
+import tokenizer_zoo
 from vocabridge.errors import UserError
 from vocabridge.models import loading
 from vocabridge.models.forward import check_head
@@ -395,3 +395,14 @@ def test_real_gguf_file(tmp_path: Path):
     saved = ModelSpec(model=str(tmp_path), device="cpu")
     assert torch.equal(_logits(load_model(saved)), _logits(model))
     assert load_tokenizer(saved)(TEXT).input_ids == tokenizer(TEXT).input_ids
+
+
+def test_a_pipeline_that_was_rebuilt_differently_is_named(
+    tmp_path: Path, tiny_model, tiny_sentencepiece_tokenizer, caplog
+):
+    """AutoTokenizer takes Qwen2's own pipeline whatever tokenizer.json says; ids change without an error."""
+    tiny_model("qwen2").save_pretrained(tmp_path)
+    tiny_sentencepiece_tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(ModelSpec(model=str(tmp_path)))
+    assert loaded("a b").input_ids != tiny_sentencepiece_tokenizer("a b").input_ids, "nothing was rebuilt here"
+    assert "pre-tokenizer" in caplog.text or "pre_tokenizer" in caplog.text

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from vocabridge.alignment import check_tokenizer_file
 from vocabridge.errors import UserError
 from vocabridge.models.checkpoint import Checkpoint, check_weight_files, find_checkpoint
 from vocabridge.models.lora import add_lora
@@ -48,6 +49,9 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         raise UserError(f"the tokenizer of '{name}' has no end token (eos_token), so a response could never end.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if checkpoint.gguf_file is None:  # reading a GGUF file's header takes seconds; the tokenizer-pair report does it
+        for warning in check_tokenizer_file(tokenizer):
+            logger.warning(warning)
     return tokenizer
 
 

@@ -1,0 +1,166 @@
+"""Whole runs from a recipe file, with tiny models in folders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tiny_pair import ROWS, student_model, teacher_model
+from vocabridge.errors import UserError
+from vocabridge.recipe import load_recipe
+from vocabridge.run import distill
+
+
+@pytest.fixture
+def recipe_file(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
+    for name, model, tokenizer in [
+        ("student", student_model(tiny_bpe_tokenizer), tiny_bpe_tokenizer),
+        ("teacher", teacher_model(tiny_sentencepiece_tokenizer), tiny_sentencepiece_tokenizer),
+    ]:
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "train.jsonl").write_text(lines, encoding="utf-8")
+    values = {
+        "data": {"train": "train.jsonl", "max_length": 128},
+        "student": {"model": "student", "dtype": "float32"},
+        "teacher": {"model": "teacher", "dtype": "float32"},
+        "objective": {"name": "dskd_cma", "matching": "gan", "gan": {"hidden_size": 16}},
+        "training": {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "diagnostics_steps": 2,
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def logged_losses(run_dir):
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return {entry["step"]: entry["loss"] for entry in map(json.loads, lines) if "loss" in entry}
+
+
+def test_run_folder_holds_everything(recipe_file, tmp_path):
+    evaluation = [f"evaluation.{key}" for key in ("data=train.jsonl", "seeds=[1,2]", "max_new_tokens=4", "limit=3")]
+    result = distill(load_recipe(recipe_file, [evaluation[0].replace("=", f"={tmp_path}/"), *evaluation[1:]]))
+    run_dir = tmp_path / "run"
+    assert (result.run_dir, result.interrupted, result.steps) == (run_dir, False, 4)
+    for name in ["model.safetensors", "objective.safetensors", "README.md", "recipe.yaml", "run.json", "metrics.jsonl"]:
+        assert (run_dir / name).is_file(), name
+    assert not list(run_dir.rglob("*.bin")), "a pickle that a user would load"
+    assert not (run_dir / ".saving").exists()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run_dir), AutoTokenizer.from_pretrained(run_dir)
+    text = tokenizer("Who jumps?\n", return_tensors="pt")
+    assert model.generate(**text, max_new_tokens=3, do_sample=False).shape[1] > text["input_ids"].shape[1]
+    again = load_recipe(run_dir / "recipe.yaml")
+    assert again.objective.config.gan.hidden_size == 16
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["packages"]["torch"] == torch.__version__
+    assert record["seed"] == 42
+    scores = json.loads((run_dir / "evaluation" / "results.json").read_text())
+    assert scores["in_domain"]["bits_per_byte"] > 0
+    card = (run_dir / "README.md").read_text()
+    assert "dskd_cma" in card
+    assert "objective.safetensors" in card
+
+
+def test_used_folder_is_not_touched_without_being_told(recipe_file, tmp_path):
+    distill(load_recipe(recipe_file))
+    before = logged_losses(tmp_path / "run")
+    with pytest.raises(UserError, match="not empty; add --resume"):
+        distill(load_recipe(recipe_file))
+    with pytest.raises(UserError, match=r"other values of objective\.kd_weight"):
+        distill(load_recipe(recipe_file, ["objective.kd_weight=0.9"]), resume=True)
+    assert logged_losses(tmp_path / "run") == before
+    distill(load_recipe(recipe_file), overwrite=True)
+    assert logged_losses(tmp_path / "run") == before
+
+
+def test_output_dir_that_is_a_file(recipe_file, tmp_path):
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        distill(load_recipe(recipe_file, [f"training.output_dir={tmp_path}/taken"]))
+
+
+def test_longer_training_resumes_from_the_last_checkpoint(recipe_file, tmp_path):
+    constant = "training.lr_scheduler_type=constant"
+    distill(load_recipe(recipe_file, [constant]))
+    distill(load_recipe(recipe_file, [constant, "training.max_steps=6"]), resume=True)
+    whole = tmp_path / "whole"
+    distill(load_recipe(recipe_file, [constant, "training.max_steps=6", f"training.output_dir={whole}"]))
+    assert logged_losses(tmp_path / "run") == logged_losses(whole)
+
+
+def test_adapters_are_merged_into_the_run_folder(recipe_file, tmp_path):
+    distill(load_recipe(recipe_file, ["student.lora.r=2", "student.lora.alpha=64", "training.learning_rate=1e-2"]))
+    run_dir = tmp_path / "run"
+    merged, base = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("run", "student"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(merged.state_dict()[name], base.state_dict()[name])
+    adapter = AutoModelForCausalLM.from_pretrained(run_dir / "adapter")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(merged(ids).logits, adapter(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_streamed_data_gives_the_same_kind_of_run(recipe_file, tmp_path):
+    result = distill(load_recipe(recipe_file, ["data.streaming=true"]))
+    assert result.steps == 4
+    assert len(logged_losses(tmp_path / "run")) == 4
+
+
+def test_supervised_fine_tuning_needs_no_teacher(recipe_file, tmp_path):
+    values = yaml.safe_load(recipe_file.read_text())
+    del values["teacher"]
+    values["objective"] = {"name": "cross_entropy"}
+    values["data"]["validation"] = "train.jsonl"
+    values["training"] |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    recipe_file.write_text(yaml.safe_dump(values))
+    distill(load_recipe(recipe_file))
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [entry["step"] for entry in lines if "eval_loss" in entry] == [2, 4]
+    assert not (tmp_path / "run" / "objective.safetensors").exists()
+
+
+def wait_for(condition, *, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("timed out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_process_goes_on_to_the_same_result(recipe_file, tmp_path, number):
+    run_dir, whole = tmp_path / "run", tmp_path / "whole"
+    options = ["training.max_steps=60", "training.save_steps=5"]
+    command = [sys.executable, "-m", "vocabridge", "distill", str(recipe_file), *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for(lambda: list(run_dir.glob("checkpoint-*")) or process.poll() is not None)
+    process.send_signal(number)
+    _, messages = process.communicate(timeout=120)
+    if number != signal.SIGKILL:
+        assert process.returncode == 130, messages
+        assert "--resume" in messages
+        assert "Traceback" not in messages
+    assert not (run_dir / "README.md").exists(), "the run was over before the signal"
+    distill(load_recipe(recipe_file, options), resume=True)
+    distill(load_recipe(recipe_file, [*options, f"training.output_dir={whole}"]))
+    assert logged_losses(run_dir) == logged_losses(whole)
+    first, second = (AutoModelForCausalLM.from_pretrained(folder) for folder in (run_dir, whole))
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
