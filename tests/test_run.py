@@ -136,6 +136,26 @@ def test_supervised_fine_tuning_needs_no_teacher(recipe_file, tmp_path):
     assert not (tmp_path / "run" / "objective.safetensors").exists()
 
 
+def test_two_processes_train_as_one_with_the_double_batch(recipe_file, tmp_path):
+    options = ["training.save_strategy=no", "objective.gan.dropout=0.0", "training.max_steps=3"]
+    alone = ["training.per_device_train_batch_size=8", f"training.output_dir={tmp_path}/alone"]
+    distill(load_recipe(recipe_file, [*options, *alone]))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29541"]
+    together = [*options, "training.per_device_train_batch_size=4", "training.ddp_backend=gloo"]
+    command = [*launcher, "-m", "vocabridge", "distill", str(recipe_file), *together]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = logged_losses(tmp_path / "alone"), logged_losses(tmp_path / "run")
+    assert one.keys() == two.keys() == {1, 2, 3}
+    for step, loss in one.items():
+        assert two[step] == pytest.approx(loss, rel=1e-4), step
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("alone", "run"))
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
 def wait_for(condition, *, seconds=120):
     end = time.monotonic() + seconds
     while time.monotonic() < end:

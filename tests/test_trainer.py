@@ -279,3 +279,15 @@ def test_dropped_and_cut_rows_are_told(make_trainer, caplog):
         make_trainer("cross_entropy", teacher=False, rows=[*ROWS, {"prompt": "x\n", "response": " "}], max_length=24)
     assert "dropped" in caplog.text
     assert "truncated" in caplog.text
+
+
+def test_bfloat16_autocast_and_gradient_checkpointing(make_trainer):
+    """The paths that GPUs take, on the CPU: the numbers stay near float32, and recomputation changes nothing."""
+    exact, low = make_trainer(GAN, folder="exact"), make_trainer(GAN, folder="low", bf16=True)
+    recomputed = make_trainer(GAN, folder="recomputed", activation_checkpointing=True)
+    for trainer in (exact, low, recomputed):
+        trainer.train()
+    assert losses(recomputed) == pytest.approx(losses(exact), rel=1e-5)
+    assert losses(low) == pytest.approx(losses(exact), rel=2e-2)
+    assert losses(low) != losses(exact)
+    assert {p.dtype for p in low.distillation_model.parameters()} == {torch.float32}

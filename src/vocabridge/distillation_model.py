@@ -40,9 +40,9 @@ class DistillationModel(nn.Module):
         """The student's configuration; DeepSpeed and the trainer read it."""
         return self.student.config
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Delegates to the student."""
-        self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Delegates to the student, whatever options this release of transformers has."""
+        self.student.activation_checkpointing_enable(**options)
 
     def forward(
         self, batch: PairBatch, teacher: SideForward | None, step_counts: Mapping[str, Tensor]

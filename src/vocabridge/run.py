@@ -10,6 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from peft import PeftModel
 from transformers import set_seed
@@ -55,20 +56,29 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         UserError: the run folder is in use, or recipe, models and data do not fit together.
     """
     run_dir = Path(recipe.training.output_dir)
-    _claim_folder(run_dir, recipe, resume=resume, overwrite=overwrite)
     arguments = DistillationConfig(**_training_arguments(recipe))
+    if arguments.process_index == 0:
+        _claim_folder(run_dir, recipe, resume=resume, overwrite=overwrite)
+    _wait_for_all(arguments)
     set_seed(arguments.seed)  # LoRA and projectors start at random, before the trainer sets its own seed
     trainer = _build_trainer(recipe, arguments)
-    (run_dir / _RECIPE_FILE).write_text(recipe.resolved_yaml(), encoding="utf-8")
-    write_run_record(run_dir, seed=arguments.seed, objective=recipe.objective.name)
+    if arguments.process_index == 0:
+        (run_dir / _RECIPE_FILE).write_text(recipe.resolved_yaml(), encoding="utf-8")
+        write_run_record(run_dir, seed=arguments.seed, objective=recipe.objective.name)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run_dir)) if resume else None)
     steps = trainer.state.global_step
     if trainer.interrupt.interrupted:
         return RunResult(run_dir, interrupted=True, steps=steps)
     _save_final(trainer, run_dir, recipe)
-    if recipe.evaluation is not None:
+    if recipe.evaluation is not None and arguments.process_index == 0:
         _evaluate(recipe, run_dir)
+    _wait_for_all(arguments)
     return RunResult(run_dir, interrupted=False, steps=steps)
+
+
+def _wait_for_all(arguments: DistillationConfig) -> None:
+    if arguments.world_size > 1:
+        torch.distributed.barrier()
 
 
 def _claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
