@@ -12,6 +12,8 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import os
+import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,8 @@ def _checked(name: str) -> str:
 
 
 def _import_own(name: str) -> typing.Any:
+    if os.getcwd() not in sys.path:  # a console script does not look in the current folder
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(name)
     except ImportError as error:
