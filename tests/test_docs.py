@@ -65,20 +65,23 @@ def test_recipe_of_the_readme_is_valid():
 
 
 @pytest.mark.usefixtures("folders")
-def test_objective_of_contributing_trains(monkeypatch, tiny_bpe_tokenizer):
-    Path("rare_words_example").mkdir()
-    Path("rare_words_example/__init__.py").touch()
-    Path("rare_words_example/rare_words.py").write_text(block(CONTRIBUTING, "python", "class Config"))
-    monkeypatch.syspath_prepend(str(Path.cwd()))
+def test_objective_of_contributing_trains_and_passes_its_test():
+    Path("my_objectives").mkdir()
+    Path("my_objectives/exact_pairs.py").write_text(block(CONTRIBUTING, "python", "class ExactPairs"))
     trainer = DistillationTrainer(
-        student_model(tiny_bpe_tokenizer),
-        objective={"name": "rare_words_example.rare_words", "bonus": 1.0, "threshold": 300},
+        "student",
+        "teacher",
+        objective={"name": "my_objectives.exact_pairs", "weight": 0.3},
         args=DistillationConfig(output_dir="run", max_steps=2, logging_steps=1, use_cpu=True, report_to="none"),
-        train_dataset=ROWS,
-        student_tokenizer=tiny_bpe_tokenizer,
+        train_dataset="train.jsonl",
     )
     trainer.train()
-    assert [entry["loss/rare_words"] > 0 for entry in trainer.state.log_history if "loss" in entry] == [True, True]
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 2
+    assert all(entry["loss/agreement"] > 0 and 0 < entry["exact_pair_share"] < 1 for entry in entries)
+    names = {}
+    exec(compile(block(CONTRIBUTING, "python", "def test_one_to_one"), "CONTRIBUTING.md", "exec"), names)
+    names["test_one_to_one_by_loops"]()
 
 
 def test_table_of_objectives_is_the_registrys():
@@ -127,11 +130,8 @@ def test_logged_names_of_the_guide_are_logged(tiny_bpe_tokenizer, tiny_sentencep
         trainer.train()
         seen |= {name for entry in trainer.state.log_history for name in entry}
     table = GUIDE.split("| name | meaning |")[1].split("\n\n")[0]
-    named = {
-        name
-        for row in table.splitlines()
-        for name in re.findall(r"`([a-z0-9_/]+)`", row.split("|")[1:2][0] if "|" in row else "")
-    }
+    cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("|")]
+    named = {name for cell in cells for name in re.findall(r"`([a-z0-9_/]+)`", cell)}
     assert named - seen == set()
     bookkeeping = {"epoch", "step", "grad_norm", "learning_rate", "total_flos", "train_loss", "train_runtime"}
     assert {name for name in seen - named - bookkeeping if not name.startswith(("train_", "probe/"))} == set()
