@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import vocabridge.evaluation.evaluate as evaluation
 from vocabridge.errors import UserError
-from vocabridge.evaluation.evaluate import default_output_dir, evaluate, evaluate_model
+from vocabridge.evaluation.evaluate import evaluate, evaluate_model
 from vocabridge.evaluation.metrics import exact_match, rouge_l
 from vocabridge.evaluation.results import EvaluationResult, results_table
 from vocabridge.models.spec import ModelSpec
@@ -188,29 +188,23 @@ def test_more_new_tokens_than_context_are_refused(run: Run, tmp_path: Path) -> N
     assert not (tmp_path / "x").exists()
 
 
-def test_a_saved_model_is_evaluated_beside_itself(
-    tmp_path: Path,
-    model: PreTrainedModel,
-    tiny_bpe_tokenizer: PreTrainedTokenizerFast,
-    capsys: pytest.CaptureFixture[str],
+def test_a_saved_model_scores_as_the_model_in_memory(
+    run: Run, tmp_path: Path, model: PreTrainedModel, tiny_bpe_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     folder, data = tmp_path / "student", tmp_path / "dev.jsonl"
     model.save_pretrained(folder)
     tiny_bpe_tokenizer.save_pretrained(folder)
     data.write_text("".join(json.dumps(row) + "\n" for row in OTHER))
     spec = ModelSpec(model=str(folder), device="cpu")
-    result = evaluate_model(spec, [str(data)], seeds=[3], max_new_tokens=4)
+    result = evaluate_model(spec, [str(data)], output_dir=folder / "evaluation", seeds=[3], max_new_tokens=4)
+    in_memory = run(tmp_path / "direct", files={"dev": OTHER}, seeds=[3], max_new_tokens=4, batch_size=16)
+    assert result.files == in_memory.files
     assert (folder / "evaluation" / "results.json").is_file()
-    assert result.files[0].num_examples == 5
-    assert f"{result.files[0].bits_per_byte:.4f}" in capsys.readouterr().out
 
 
 def test_data_is_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        evaluate_model(ModelSpec(model=str(tmp_path / "no-model")), [str(tmp_path / "dev.jsonl")])
-
-
-def test_the_default_folder_never_leaves_evaluation(tmp_path: Path) -> None:
-    assert default_output_dir(str(tmp_path)) == tmp_path / "evaluation"
-    assert default_output_dir("/models/a b.Q4.gguf") == Path("evaluation/a-b.Q4")
-    assert default_output_dir("../../x/y") == Path("evaluation/x-y")
+        evaluate_model(
+            ModelSpec(model=str(tmp_path / "no-model")), [str(tmp_path / "dev.jsonl")], output_dir=tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()

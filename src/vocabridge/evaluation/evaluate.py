@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -21,7 +20,7 @@ from .fingerprints import data_fingerprint, model_fingerprint
 from .generation import Generation, GenerationSettings, generate_bucket, length_buckets
 from .metrics import percentage, score_example
 from .plan import PAPER_SEEDS, DataFile, DataFiles, EvaluationPlan, plan_evaluation
-from .results import EvaluationResult, FileResult, SeedScores, domain_average, results_table
+from .results import EvaluationResult, FileResult, SeedScores, domain_average
 from .run_folder import Manifest, Record, RunFolder
 from .statistics import mean_std
 
@@ -30,7 +29,7 @@ def evaluate_model(
     spec: ModelSpec,
     data: Sequence[str],
     *,
-    output_dir: str | PathLike[str] | None = None,
+    output_dir: str | PathLike[str],
     seeds: Sequence[int] = PAPER_SEEDS,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
@@ -40,10 +39,7 @@ def evaluate_model(
     in_domain: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> EvaluationResult:
-    """Read the data, load a model and its tokenizer, evaluate, and print the table.
-
-    The arguments are those of :func:`evaluate`; ``output_dir`` None means ``MODEL/evaluation`` for a folder and
-    ``evaluation/NAME`` for anything else.
+    """Read the data, load a model and its tokenizer, and evaluate; the arguments are those of :func:`evaluate`.
 
     Raises:
         UserError: as :func:`evaluate`, or the model cannot be loaded.
@@ -52,28 +48,12 @@ def evaluate_model(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
     )
     plan = plan_evaluation(data, seeds=seeds, settings=settings, limit=limit, in_domain=in_domain)
-    folder = Path(output_dir) if output_dir is not None else default_output_dir(spec.model)
     tokenizer = load_tokenizer(spec)
     model = load_model(spec)
     check_tokenizer_matches(tokenizer, model, "student")
-    result = _run(model, tokenizer, plan, template=spec.template, path=folder, overwrite=overwrite, name=spec.model)
-    console = Console()
-    console.print(results_table(result))
-    console.print(f"Results and predictions: {folder}", soft_wrap=True, highlight=False)
-    return result
-
-
-def default_output_dir(model: str) -> Path:
-    """Where an evaluation goes when nothing is said: inside a model folder, else under ``evaluation/``.
-
-    >>> default_output_dir("org/small-model").as_posix()
-    'evaluation/org-small-model'
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path / "evaluation"
-    name = path.stem if path.suffix.lower() == ".gguf" else model
-    return Path("evaluation") / re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    return _run(
+        model, tokenizer, plan, template=spec.template, path=Path(output_dir), overwrite=overwrite, name=spec.model
+    )
 
 
 def evaluate(

@@ -114,8 +114,8 @@ def _checked_in_domain(in_domain: Sequence[str] | None, names: list[str]) -> fro
         return frozenset(names[:1])
     for name in in_domain:
         if name not in names:
-            hint = did_you_mean(name, names)
-            raise UserError(f"evaluation.in_domain: there is no data file '{name}'{hint}. Known: {', '.join(names)}.")
+            hint = did_you_mean(name, names) or "."
+            raise UserError(f"evaluation.in_domain: there is no data file '{name}'{hint} Known: {', '.join(names)}.")
     return frozenset(in_domain)
 
 

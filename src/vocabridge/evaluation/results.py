@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -98,7 +99,7 @@ def results_table(result: EvaluationResult) -> Table:
     """A table for the screen: one line a file, then the averages."""
     num_seeds = len(result.files[0].seeds)
     decoding = "greedy" if result.settings.greedy else f"{num_seeds} sampling seed{'s' * (num_seeds > 1)}"
-    table = Table(title=f"{result.model}: {decoding}", title_justify="left")
+    table = Table(title=f"{Path(result.model).name}: {decoding}", title_justify="left")
     table.add_column("data", overflow="fold")
     table.add_column("domain", no_wrap=True)
     for heading in ("rows", "ROUGE-L", "std", "exact", "std", "bits/byte"):
