@@ -72,6 +72,7 @@ def test_run_folder_holds_everything(recipe_file, tmp_path):
     record = json.loads((run_dir / "run.json").read_text())
     assert record["packages"]["torch"] == torch.__version__
     assert record["seed"] == 42
+    assert result.evaluation.in_domain.bits_per_byte > 0
     scores = json.loads((run_dir / "evaluation" / "results.json").read_text())
     assert scores["in_domain"]["bits_per_byte"] > 0
     card = (run_dir / "README.md").read_text()

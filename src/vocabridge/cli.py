@@ -113,6 +113,10 @@ def distill(
 
         result = run(loaded, resume=resume, overwrite=overwrite)
         if not result.interrupted:
+            if result.evaluation is not None:
+                from vocabridge.evaluation.results import results_table
+
+                Console().print(results_table(result.evaluation))
             print(f"done after {result.steps} steps: {result.run_dir} loads with AutoModelForCausalLM.from_pretrained")
             return
     except KeyboardInterrupt:
@@ -207,12 +211,13 @@ def evaluate(
     """Score a model's responses: ROUGE-L and exact match over seeds, bits per byte of the references."""
     from vocabridge.evaluation.evaluate import evaluate_model
     from vocabridge.evaluation.plan import PAPER_SEEDS
+    from vocabridge.evaluation.results import results_table
     from vocabridge.models.spec import ModelSpec
 
     path = Path(model)
     folder = output_dir or (path / "evaluation" if path.is_dir() else Path("evaluations", path.name))
     try:
-        evaluate_model(
+        result = evaluate_model(
             ModelSpec(model=model, template=template),
             data,
             output_dir=folder,
@@ -228,6 +233,8 @@ def evaluate(
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+    Console().print(results_table(result))
+    print(f"results and predictions: {folder}")
 
 
 def _note_unused(recipe: Recipe) -> None:

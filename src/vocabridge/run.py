@@ -17,6 +17,8 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from vocabridge.errors import UserError
+from vocabridge.evaluation.evaluate import evaluate_model
+from vocabridge.evaluation.results import EvaluationResult
 from vocabridge.model_card import write_model_card
 from vocabridge.models.loading import load_student, load_teacher, load_tokenizer
 from vocabridge.pairs import PairTokenizer, StreamingPairs
@@ -42,6 +44,8 @@ class RunResult:
     interrupted: bool
     """A signal stopped it after a checkpoint; ``--resume`` goes on from there."""
     steps: int
+    evaluation: EvaluationResult | None = None
+    """Scores on the recipe's evaluation files, when it names any."""
 
 
 def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> RunResult:
@@ -65,15 +69,18 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     if arguments.process_index == 0:
         (run_dir / _RECIPE_FILE).write_text(recipe.resolved_yaml(), encoding="utf-8")
         write_run_record(run_dir, seed=arguments.seed, objective=recipe.objective.name)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run_dir)) if resume else None)
+    checkpoint = get_last_checkpoint(str(run_dir)) if resume else None
+    trainer.train(resume_from_checkpoint=checkpoint)
     steps = trainer.state.global_step
     if trainer.interrupt.interrupted:
         return RunResult(run_dir, interrupted=True, steps=steps)
     _save_final(trainer, run_dir, recipe)
+    evaluation = None
     if recipe.evaluation is not None and arguments.process_index == 0:
-        _evaluate(recipe, run_dir)
+        is_trained_further = checkpoint is None or not checkpoint.endswith(f"checkpoint-{steps}")
+        evaluation = _evaluate(recipe, run_dir, overwrite=is_trained_further)
     _wait_for_all(arguments)
-    return RunResult(run_dir, interrupted=False, steps=steps)
+    return RunResult(run_dir, interrupted=False, steps=steps, evaluation=evaluation)
 
 
 def _wait_for_all(arguments: DistillationConfig) -> None:
@@ -198,13 +205,11 @@ def _save_final(trainer: DistillationTrainer, run_dir: Path, recipe: Recipe) -> 
         )
 
 
-def _evaluate(recipe: Recipe, run_dir: Path) -> None:
-    from vocabridge.evaluation.evaluate import evaluate_model
-
+def _evaluate(recipe: Recipe, run_dir: Path, *, overwrite: bool) -> EvaluationResult:
     settings = recipe.evaluation
     assert settings is not None
     spec = recipe.student.model_copy(update={"model": str(run_dir), "lora": None, "tokenizer": None, "revision": None})
-    evaluate_model(
+    return evaluate_model(
         spec,
         list(settings.data),
         output_dir=run_dir / "evaluation",
@@ -215,4 +220,5 @@ def _evaluate(recipe: Recipe, run_dir: Path) -> None:
         batch_size=settings.batch_size,
         limit=settings.limit,
         in_domain=list(settings.in_domain) or None,
+        overwrite=overwrite,
     )
