@@ -52,7 +52,9 @@ def recipe_file(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
 
 def logged_losses(run_dir):
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return {entry["step"]: entry["loss"] for entry in map(json.loads, lines) if "loss" in entry}
+    pairs = [(entry["step"], entry["loss"]) for entry in map(json.loads, lines) if "loss" in entry]
+    assert len(dict(pairs)) == len(pairs), "a step stands twice in the log"
+    return dict(pairs)
 
 
 def test_run_folder_holds_everything(recipe_file, tmp_path):
@@ -92,6 +94,57 @@ def test_used_folder_is_not_touched_without_being_told(recipe_file, tmp_path):
     assert logged_losses(tmp_path / "run") == before
 
 
+def test_overwrite_deletes_runs_only_and_only_when_all_else_is_right(recipe_file, tmp_path):
+    precious = tmp_path / "run"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="does not look like a run folder"):
+        distill(load_recipe(recipe_file), overwrite=True)
+    (precious / "run.json").write_text("{}")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": ')
+    with pytest.raises(UserError, match=r"broken\.jsonl:1"):
+        distill(load_recipe(recipe_file, [f"data.train={tmp_path}/broken.jsonl"]), overwrite=True)
+    assert (precious / "thesis.txt").exists()
+    distill(load_recipe(recipe_file), overwrite=True)
+    assert not (precious / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("output_dir", ["student", ".", ".."])
+def test_folders_that_hold_inputs_are_refused(recipe_file, tmp_path, monkeypatch, output_dir):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"training\.output_dir"):
+        load_recipe(recipe_file, [f"training.output_dir={output_dir}"])
+
+
+def test_failed_start_leaves_nothing(recipe_file, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "student")
+    with pytest.raises(UserError, match="own logits are not finite"):
+        distill(load_recipe(recipe_file))
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_full_disk_is_one_sentence_and_keeps_what_was_there(recipe_file, tmp_path):
+    """A limit on file sizes makes the real writers fail as a full disk does: first safetensors, then torch.save."""
+    distill(load_recipe(recipe_file))
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    weights = (tmp_path / "run" / "model.safetensors").stat().st_size
+    for limit in (weights // 2, weights + 4096):
+        code = (
+            f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+            "from vocabridge.cli import main; main()"
+        )
+        words = ["distill", str(recipe_file), "training.max_steps=6", "--resume"]
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr[-2000:]
+        assert "saving failed" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
 def test_output_dir_that_is_a_file(recipe_file, tmp_path):
     (tmp_path / "taken").write_text("x")
     with pytest.raises(UserError, match="is a file; name a folder"):
@@ -122,6 +175,7 @@ def test_streamed_data_gives_the_same_kind_of_run(recipe_file, tmp_path):
     result = distill(load_recipe(recipe_file, ["data.streaming=true"]))
     assert result.steps == 4
     assert len(logged_losses(tmp_path / "run")) == 4
+    assert "probe/mmd_squared" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_supervised_fine_tuning_needs_no_teacher(recipe_file, tmp_path):

@@ -81,9 +81,11 @@ def _width(embedding: nn.Module) -> int:
     return cast(nn.Embedding, embedding).embedding_dim
 
 
-def as_pairs(data: Any, pair_tokenizer: PairTokenizer) -> PairDataset | StreamingPairs | None:
+def as_pairs(
+    data: Any, pair_tokenizer: PairTokenizer, *, progress: bool = False
+) -> PairDataset | StreamingPairs | None:
     """Tokenize rows in any form that :func:`vocabridge.text.read_examples` takes; pairs stay as they are."""
     if data is None or isinstance(data, PairDataset | StreamingPairs):
         return data
     examples = data if isinstance(data, list) and data and isinstance(data[0], Example) else read_examples(data)
-    return tokenize_examples(examples, pair_tokenizer)
+    return tokenize_examples(examples, pair_tokenizer, progress=progress)

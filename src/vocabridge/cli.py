@@ -68,7 +68,8 @@ def main() -> None:
     try:
         app(prog_name="vocabridge")
     except UserError as error:
-        for line in str(error).splitlines():
+        # A DataLoader worker's error comes back with its traceback in the message; the sentence is at its end.
+        for line in str(error).rpartition("UserError: ")[2].strip().splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:

@@ -32,6 +32,7 @@ from vocabridge.training_arguments import DistillationConfig
 logger = logging.getLogger(__name__)
 
 _RECIPE_FILE = "recipe.yaml"
+_RUN_FILES = (_RECIPE_FILE, "run.json")
 _FREE_SECTIONS = ("training", "evaluation")
 """Sections that may change between a run and its resumption."""
 
@@ -60,13 +61,18 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         UserError: the run folder is in use, or recipe, models and data do not fit together.
     """
     run_dir = Path(recipe.training.output_dir)
-    arguments = DistillationConfig(**_training_arguments(recipe))
+    arguments = _training_arguments(recipe)
     if arguments.process_index == 0:
-        _claim_folder(run_dir, recipe, resume=resume, overwrite=overwrite)
+        _check_folder(run_dir, recipe, resume=resume, overwrite=overwrite)
     _wait_for_all(arguments)
     set_seed(arguments.seed)  # LoRA and projectors start at random, before the trainer sets its own seed
     trainer = _build_trainer(recipe, arguments)
+    trainer.check_models()
+    # Only now, when nothing in the recipe can be wrong any more, is the folder emptied or written to.
     if arguments.process_index == 0:
+        if overwrite:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / _RECIPE_FILE).write_text(recipe.resolved_yaml(), encoding="utf-8")
         write_run_record(run_dir, seed=arguments.seed, objective=recipe.objective.name)
     checkpoint = get_last_checkpoint(str(run_dir)) if resume else None
@@ -88,12 +94,16 @@ def _wait_for_all(arguments: DistillationConfig) -> None:
         torch.distributed.barrier()
 
 
-def _claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+def _check_folder(run_dir: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     used = run_dir.is_dir() and any(run_dir.iterdir())
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"training.output_dir: {run_dir} is a file; name a folder.")
     if used and overwrite:
-        shutil.rmtree(run_dir)
+        if not any((run_dir / name).exists() for name in _RUN_FILES) and not any(run_dir.glob("checkpoint-*")):
+            raise UserError(
+                f"training.output_dir: {run_dir} does not look like a run folder (no {' or '.join(_RUN_FILES)}), "
+                "so --overwrite does not delete it; empty it yourself or name another folder."
+            )
     elif used and not resume:
         raise UserError(
             f"training.output_dir: {run_dir} is not empty; add --resume to go on from its last checkpoint, "
@@ -101,7 +111,6 @@ def _claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, overwrite: boo
         )
     elif used:
         _check_same_recipe(run_dir / _RECIPE_FILE, recipe)
-    run_dir.mkdir(parents=True, exist_ok=True)
 
 
 def _check_same_recipe(path: Path, recipe: Recipe) -> None:
@@ -126,11 +135,15 @@ def _changed_keys(section: str, old: Any, new: Any) -> set[str]:
     return {f"{section}.{key}" for key in set(old) | set(new) if old.get(key) != new.get(key)}
 
 
-def _training_arguments(recipe: Recipe) -> dict[str, Any]:
+def _training_arguments(recipe: Recipe) -> DistillationConfig:
     templates = {"student_template": recipe.student.template}
     if recipe.teacher is not None:
         templates["teacher_template"] = recipe.teacher.template
-    return {**recipe.training.arguments(), "max_length": recipe.data.max_length, **templates}
+    values = {**recipe.training.arguments(), "max_length": recipe.data.max_length, **templates}
+    try:
+        return DistillationConfig(**values)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"training: {error}") from error
 
 
 def _build_trainer(recipe: Recipe, arguments: DistillationConfig) -> DistillationTrainer:

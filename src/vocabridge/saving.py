@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -35,7 +36,10 @@ def staged_folder(run_dir: Path) -> Iterator[Path]:
     try:
         staging.mkdir(parents=True)
         yield staging
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save tells a failed write as a RuntimeError of its zip writer; any other one is a bug, not a full disk.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
         raise UserError(
             f"{run_dir}: saving failed ({error}); earlier checkpoints are whole, nothing half-written stays behind. "
             "Free some space or mend the permissions and resume."

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,15 @@ from vocabridge.models.forward import check_head
 from vocabridge.models.loading import vocabulary_size
 from vocabridge.models.teacher import LiveTeacher
 from vocabridge.objectives.base import Objective
-from vocabridge.pairs import IGNORE_INDEX, PairBatch, PairCollator, PairDataset, PairTokenizer, pad_token_id
+from vocabridge.pairs import (
+    IGNORE_INDEX,
+    PairBatch,
+    PairCollator,
+    PairDataset,
+    PairTokenizer,
+    StreamingPairs,
+    pad_token_id,
+)
 from vocabridge.saving import load_parts, publish, save_parts, staged_folder
 from vocabridge.training_arguments import DistillationConfig
 
@@ -71,9 +80,11 @@ class DistillationTrainer(Trainer):
     ):
         set_seed(args.seed)  # the projectors start at random, before the base class sets the seed
         student, student_tokenizer = resolve_model(student, student_tokenizer, "student")
+        _refuse_own_folder(student, args.output_dir, "student")
         if teacher is None:
             teacher_tokenizer = None
         else:
+            _refuse_own_folder(teacher, args.output_dir, "teacher")
             teacher, teacher_tokenizer = resolve_model(teacher, teacher_tokenizer, "teacher")
         self.pair_tokenizer = PairTokenizer(
             student_tokenizer,
@@ -89,18 +100,23 @@ class DistillationTrainer(Trainer):
         self.interrupt = InterruptCallback()
         self.student_tokenizer = student_tokenizer
         collator = PairCollator(
-            pad_token_id(student_tokenizer), None if teacher_tokenizer is None else pad_token_id(teacher_tokenizer)
+            pad_token_id(student_tokenizer),
+            None if teacher_tokenizer is None else pad_token_id(teacher_tokenizer),
+            pad_to_multiple_of=args.pad_to_multiple_of,
         )
-        super().__init__(
-            model=DistillationModel(student, built, vocab_size=vocabulary_size(student_tokenizer)),
-            args=args,
-            data_collator=cast(Any, collator),
-            train_dataset=as_pairs(train_dataset, self.pair_tokenizer),
-            eval_dataset=as_pairs(eval_dataset, self.pair_tokenizer),
-            processing_class=student_tokenizer,
-            callbacks=[*(callbacks or []), self.interrupt],
-            optimizers=optimizers,
-        )
+        try:
+            super().__init__(
+                model=DistillationModel(student, built, vocab_size=vocabulary_size(student_tokenizer)),
+                args=args,
+                data_collator=cast(Any, collator),
+                train_dataset=as_pairs(train_dataset, self.pair_tokenizer, progress=not args.disable_tqdm),
+                eval_dataset=as_pairs(eval_dataset, self.pair_tokenizer, progress=not args.disable_tqdm),
+                processing_class=student_tokenizer,
+                callbacks=[*(callbacks or []), self.interrupt],
+                optimizers=optimizers,
+            )
+        except (ValueError, ImportError, RuntimeError) as error:  # a tracker, optimizer or engine that is not there
+            raise error if isinstance(error, UserError) else UserError(f"training: {error}") from error
         if self.teacher is not None:
             self.teacher.to(args.device)
         self._tally: dict[str, Tensor] = {}
@@ -133,9 +149,7 @@ class DistillationTrainer(Trainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """As ``transformers.Trainer.train``, after the start-up check of both heads on one batch."""
-        if not self._checked:
-            self._check_heads()
-            self._checked = True
+        self.check_models()
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
@@ -149,7 +163,10 @@ class DistillationTrainer(Trainer):
         """
         if self.optimizer is None:
             trained = cast(nn.Module, self.model if model is None else model)
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, trained))
+            try:
+                optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, trained))
+            except (ValueError, ImportError) as error:
+                raise UserError(f"training.optim: {error}") from error
             if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & set(kwargs):
                 raise UserError(
                     f"training.optim: '{self.args.optim}' builds its own parameter groups and would miss the "
@@ -247,11 +264,9 @@ class DistillationTrainer(Trainer):
 
     def measure_distributions(self) -> dict[str, float]:
         """The objective's diagnostics on the fixed probe set, named ``probe/<name>`` (empty when it has none)."""
-        if self.teacher is None:
+        if self.teacher is None or self.train_dataset is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return {}
         batch = self._probe()
-        if batch is None:
-            return {}
         student_embedding = self.student.get_input_embeddings()
         teacher_embedding = self.teacher.model.get_input_embeddings()
         was_training = self.objective_module.training
@@ -262,12 +277,18 @@ class DistillationTrainer(Trainer):
             self.objective_module.train(was_training)
         return {f"probe/{name}": value for name, value in report.items() if math.isfinite(value)}
 
-    def _probe(self) -> PairBatch | None:
-        if self._probe_batch is None and isinstance(self.train_dataset, PairDataset):
-            size = min(self.args.diagnostics_examples, len(self.train_dataset))
-            chosen = random.Random(self.args.seed).sample(range(len(self.train_dataset)), size)
-            self._probe_batch = self._collate([self.train_dataset[index] for index in chosen])
+    def _probe(self) -> PairBatch:
+        if self._probe_batch is None:
+            self._probe_batch = self._collate(self._first_pairs(self.args.diagnostics_examples))
         return self._probe_batch
+
+    def _first_pairs(self, size: int) -> list[Any]:
+        """A fixed choice of training pairs: by seed, or the first ones of a stream."""
+        if not isinstance(self.train_dataset, PairDataset):
+            return list(islice(iter(cast(StreamingPairs, self.train_dataset)), size))
+        size = min(size, len(self.train_dataset))
+        chosen = random.Random(self.args.seed).sample(range(len(self.train_dataset)), size)
+        return [self.train_dataset[index] for index in chosen]
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -367,6 +388,20 @@ class DistillationTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_parts(self.student, self.objective_module, Path(resume_from_checkpoint))
+        if self.is_world_process_zero():
+            self._rewind_metrics(Path(resume_from_checkpoint))
+
+    def _rewind_metrics(self, checkpoint: Path) -> None:
+        """Drop the lines of steps that are about to be trained again, so that every step stands once in the file."""
+        path = Path(str(self.args.output_dir)) / METRICS_FILE
+        if not path.is_file() or not (checkpoint / "trainer_state.json").is_file():
+            return
+        step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        complete = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in complete if json.loads(line)["step"] <= step and "train_runtime" not in line]
+        partial = path.with_suffix(".tmp")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -379,10 +414,16 @@ class DistillationTrainer(Trainer):
     def _collate(self, pairs: list[Any]) -> PairBatch:
         return cast(PairBatch, self._prepare_inputs(self.data_collator(pairs)))
 
-    def _check_heads(self) -> None:
-        if not isinstance(self.train_dataset, PairDataset) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+    def check_models(self) -> None:
+        """Compare both heads with the models' own logits on one row, once; nothing has been written by then.
+
+        Raises:
+            UserError: a model computes its logits in a way we do not know, or they are not finite.
+        """
+        if self._checked or self.train_dataset is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
-        batch = self._collate([self.train_dataset[0]])
+        self._checked = True
+        batch = self._collate(self._first_pairs(1))
         check_head(
             self.student,
             batch["input_ids"],
@@ -428,6 +469,12 @@ class DiagnosticsCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the last step."""
         self._measure(state.global_step)
+
+
+def _refuse_own_folder(model: PreTrainedModel | str, output_dir: str | None, side: str) -> None:
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    if name and output_dir and Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
+        raise UserError(f"output_dir is the {side}'s own folder '{name}', which saving would overwrite; name another.")
 
 
 def _count_supervised(batch: PairBatch) -> Tensor:

@@ -32,6 +32,9 @@ class DistillationConfig(TrainingArguments):
     discriminator_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the discriminator; default: projector_learning_rate."}
     )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Round the padded length up to a multiple (8 suits tensor cores)."}
+    )
     diagnostics_steps: int = field(
         default=50, metadata={"help": "Optimizer steps between measurements of query and key distributions; 0: never."}
     )

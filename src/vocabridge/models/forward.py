@@ -165,6 +165,8 @@ def _check_head(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
     ).logits
     own = own[_supervised_positions(labels)][:, : logits.shape[-1]].to(logits.dtype)
+    if not torch.isfinite(own).all():
+        raise UserError(f"{name}: the model's own logits are not finite; its weights are broken, load others.")
     difference = float((logits - own).abs().max() / own.abs().max().clamp(min=1e-6))
     tolerance = _HEAD_TOLERANCE[side.head.weight.dtype]
     if not difference <= tolerance:  # also true for NaN

@@ -133,6 +133,7 @@ def conflicts(sections: Mapping[str, Any]) -> list[Conflict]:
             found += _model_conflicts(side, model, training)
     if training:
         found += _training_conflicts(data, training)
+        found += _folder_conflicts(sections, training)
     if evaluation := sections.get("evaluation"):
         found += _evaluation_conflicts(evaluation)
     return found
@@ -145,9 +146,32 @@ def _model_conflicts(side: Any, model: ModelSpec, training: TrainingSettings | N
     except UserError as error:
         key, _, problem = str(error).partition(" ")
         found.append(Conflict(key, problem))
-    if training and Path(training.output_dir).expanduser().resolve() == Path(model.model).expanduser().resolve():
-        problem = f"is the {side}'s own folder '{model.model}', which the run would overwrite; choose another."
+    if training and model.device is not None:
+        problem = f"is '{model.device}', but training places the models itself; leave it out or set training.use_cpu."
+        found.append(Conflict(f"{side}.device", problem))
+    return found
+
+
+def _folder_conflicts(sections: Mapping[str, Any], training: TrainingSettings) -> list[Conflict]:
+    """What the run would write over, or ``--overwrite`` delete: its own inputs, or the folder you stand in."""
+    run_dir = Path(training.output_dir).expanduser().resolve()
+    found = []
+    if run_dir == Path.cwd() or run_dir in Path.cwd().parents or run_dir == Path.home():
+        problem = f"is '{run_dir}', which holds more than this run; name a new folder."
         found.append(Conflict("training.output_dir", problem))
+    inputs = []
+    for side in ("student", "teacher"):
+        if model := sections.get(side):
+            inputs += [(f"the {side}'s own folder", name) for name in (model.model, model.tokenizer) if name]
+    if data := sections.get("data"):
+        inputs += [("the data", name) for name in (*data.train, *data.validation)]
+    if evaluation := sections.get("evaluation"):
+        inputs += [("the data", name) for name in evaluation.data]
+    for what, name in dict.fromkeys(inputs):
+        path = Path(name).expanduser().resolve()
+        if path.exists() and (run_dir == path or run_dir in path.parents):
+            problem = f"is or contains {what} '{name}', which the run would overwrite; choose another."
+            found.append(Conflict("training.output_dir", problem))
     return found
 
 
@@ -161,6 +185,11 @@ def _training_conflicts(data: DataSettings | None, training: TrainingSettings) -
     if data and eval_strategy != "no" and not data.validation:
         problem = f"is '{eval_strategy}', but data.validation names no data to evaluate on."
         found.append(Conflict("training.eval_strategy", problem))
+    if arguments.get("load_best_model_at_end") and eval_strategy == "no":
+        problem = "needs training.eval_strategy and data.validation: without them no checkpoint is the best."
+        found.append(Conflict("training.load_best_model_at_end", problem))
+    if max_steps == 0:
+        found.append(Conflict("training.max_steps", "is 0; leave it out to train by epochs, or give at least 1."))
     return found
 
 

@@ -50,6 +50,8 @@ class OwnTrainingSettings(Settings):
     """Learning rate of the objective's learned projectors; that of the student when left out."""
     discriminator_learning_rate: float | None = Field(None, gt=0)
     """Learning rate of the discriminator of key-query matching; that of the projectors when left out."""
+    pad_to_multiple_of: int | None = Field(None, ge=1)
+    """Round the padded length of a batch up to a multiple of this (8 suits tensor cores)."""
     diagnostics_steps: int = Field(50, ge=0)
     """Optimizer steps between two measurements of the distance between queries and keys; 0 means never."""
     diagnostics_examples: int = Field(32, ge=1)
