@@ -443,7 +443,7 @@ RECIPES = st.fixed_dictionaries(
             optional={
                 "learning_rate": RATES,
                 "projector_learning_rate": st.none() | RATES,
-                "max_steps": st.integers(-1, 10**9),
+                "max_steps": st.integers(-1, 10**9).filter(bool),
                 "bf16": st.booleans(),
                 "report_to": NAMES | st.lists(NAMES, max_size=2),
                 "lr_scheduler_kwargs": st.dictionaries(NAMES, RATES | st.booleans() | NAMES, max_size=2),
