@@ -160,12 +160,44 @@ def test_longer_training_resumes_from_the_last_checkpoint(recipe_file, tmp_path)
     assert logged_losses(tmp_path / "run") == logged_losses(whole)
 
 
+def test_resuming_a_finished_run_trains_no_further(recipe_file, tmp_path):
+    """Step 3 is in the middle of an epoch, where the base trainer would take one step too many."""
+    options = ["training.max_steps=3", "training.lr_scheduler_type=constant", "training.save_steps=3"]
+    distill(load_recipe(recipe_file, options))
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    result = distill(load_recipe(recipe_file, options), resume=True)
+    assert result.steps == 3
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert list(logged_losses(tmp_path / "run")) == [1, 2, 3]
+
+
+def test_optimizer_settings_cannot_change_on_resume(recipe_file):
+    distill(load_recipe(recipe_file))
+    with pytest.raises(UserError, match=r"other values of training\.learning_rate"):
+        distill(load_recipe(recipe_file, ["training.learning_rate=1e-2", "training.max_steps=6"]), resume=True)
+
+
+def test_streams_start_over_and_resume_in_a_later_pass(recipe_file, tmp_path):
+    """8 rows, 4 a batch, 3 batches a step: the passes end inside steps."""
+    options = ["data.streaming=true", "training.gradient_accumulation_steps=3", "training.lr_scheduler_type=constant"]
+    whole = f"training.output_dir={tmp_path}/whole"
+    distill(load_recipe(recipe_file, [*options, "training.max_steps=4", whole]))
+    distill(load_recipe(recipe_file, [*options, "training.max_steps=2"]))
+    distill(load_recipe(recipe_file, [*options, "training.max_steps=4"]), resume=True)
+    losses = logged_losses(tmp_path / "whole")
+    assert logged_losses(tmp_path / "run") == losses
+    assert max(losses.values()) < 1.3 * min(losses.values()), "a step counted twice"
+
+
 def test_adapters_are_merged_into_the_run_folder(recipe_file, tmp_path):
     distill(load_recipe(recipe_file, ["student.lora.r=2", "student.lora.alpha=64", "training.learning_rate=1e-2"]))
     run_dir = tmp_path / "run"
     merged, base = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("run", "student"))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(merged.state_dict()[name], base.state_dict()[name])
+    assert merged.config.use_cache
     adapter = AutoModelForCausalLM.from_pretrained(run_dir / "adapter")
     ids = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(merged(ids).logits, adapter(ids).logits, rtol=1e-4, atol=1e-4)

@@ -14,7 +14,7 @@ from vocabridge.training_arguments import DistillationConfig
 
 @pytest.fixture
 def make_trainer(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
-    def make(objective="dskd_cma", *, student=None, teacher=True, folder="run", rows=ROWS, **arguments):
+    def make(objective="dskd_cma", *, student=None, teacher=True, folder="run", rows=ROWS, eval_rows=None, **arguments):
         defaults = {
             "per_device_train_batch_size": 4,
             "max_steps": 4,
@@ -32,6 +32,7 @@ def make_trainer(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
             objective=objective,
             args=DistillationConfig(output_dir=str(tmp_path / folder), **{**defaults, **arguments}),
             train_dataset=rows,
+            eval_dataset=eval_rows,
             student_tokenizer=tiny_bpe_tokenizer,
             teacher_tokenizer=tiny_sentencepiece_tokenizer if teacher else None,
         )
@@ -234,6 +235,61 @@ def test_evaluation_averages_over_tokens_not_batches(make_trainer, tiny_bpe_toke
         total += float(result.loss.detach()) * len(pair.student.spans)
         count += len(pair.student.spans)
     assert one == pytest.approx(total / count, rel=1e-4)
+
+
+def test_eval_loss_leaves_the_matching_term_out(make_trainer):
+    adversarial, plain = make_trainer(GAN), make_trainer({**GAN, "matching": "none", "gan": {}}, folder="plain")
+    plain.objective_module.load_state_dict(adversarial.objective_module.state_dict(), strict=False)
+    scores = [trainer.evaluate(eval_dataset=ROWS) for trainer in (adversarial, plain)]
+    assert scores[0]["eval_loss"] == pytest.approx(scores[1]["eval_loss"], rel=1e-5)
+    assert scores[0]["eval_loss/gan_queries"] > 0
+
+
+def test_an_interrupt_keeps_its_checkpoint_beside_the_best_one(make_trainer, tmp_path):
+    trainer = make_trainer(
+        GAN,
+        max_steps=10,
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=2,
+        eval_steps=2,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        eval_rows=ROWS,
+    )
+    trainer.state.best_metric = 0.0
+
+    def interrupt(*args, **kwargs):
+        if trainer.state.global_step == 4:
+            trainer.state.best_global_step, trainer.state.best_metric = 2, -1.0
+            trainer.interrupt._handle(2, None)
+        return original(*args, **kwargs)
+
+    original, trainer.compute_loss = trainer.compute_loss, interrupt
+    trainer.train()
+    assert (tmp_path / "run" / "checkpoint-5").is_dir()
+
+
+def test_options_without_effect_are_refused(make_trainer):
+    for option in ({"label_smoothing_factor": 0.1}, {"neftune_noise_alpha": 5.0}, {"bf16_full_eval": True}):
+        with pytest.raises(UserError, match="cannot be used with distillation losses"):
+            make_trainer(GAN, **option)
+
+
+def test_the_discriminators_gradient_does_not_shrink_the_students(make_trainer):
+    trainer = make_trainer({**GAN, "matching_weight": 0.0}, max_steps=1, max_grad_norm=1e-2, diagnostics_steps=0)
+    trainer.create_optimizer()
+    caught = {}
+
+    def catch(*args, **kwargs):
+        for group in trainer.optimizer.param_groups:
+            squares = [float(p.grad.square().sum()) for p in group["params"] if p.grad is not None]
+            caught[group["name"]] = caught.get(group["name"], 0.0) + sum(squares)
+
+    trainer.optimizer.step = catch
+    trainer.train()
+    assert caught["student"] + caught["projectors"] == pytest.approx(1e-4, rel=1e-3)
+    assert 0 < caught["discriminator"] <= 1.001e-4
 
 
 def test_same_seed_same_numbers(make_trainer):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from pydantic import ValidationError
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vocabridge.errors import UserError
@@ -14,7 +16,7 @@ from vocabridge.models.loading import check_tokenizer_matches, load_student, loa
 from vocabridge.models.spec import ModelSpec, Side
 from vocabridge.objectives import objective_class, objective_info
 from vocabridge.objectives.base import Objective, ObjectiveSetup
-from vocabridge.pairs import PairDataset, PairTokenizer, StreamingPairs, tokenize_examples
+from vocabridge.pairs import PairDataset, PairTokenizer, StreamingPairs, TokenizedPair, tokenize_examples
 from vocabridge.text import Example, read_examples
 
 
@@ -81,6 +83,21 @@ def _width(embedding: nn.Module) -> int:
     return cast(nn.Embedding, embedding).embedding_dim
 
 
+class EndlessPairs(IterableDataset[TokenizedPair]):
+    """A stream of pairs that starts over at its end, so that ``max_steps`` alone says how long to train.
+
+    A finite stream would end inside a gradient accumulation, and a resumed run would not find its place in a later
+    pass.
+    """
+
+    def __init__(self, pairs: StreamingPairs):
+        self.pairs = pairs
+
+    def __iter__(self) -> Iterator[TokenizedPair]:
+        while True:
+            yield from self.pairs
+
+
 def as_pairs(
     data: Any, pair_tokenizer: PairTokenizer, *, progress: bool = False
 ) -> PairDataset | StreamingPairs | None:
@@ -89,3 +106,14 @@ def as_pairs(
         return data
     examples = data if isinstance(data, list) and data and isinstance(data[0], Example) else read_examples(data)
     return tokenize_examples(examples, pair_tokenizer, progress=progress)
+
+
+def refuse_own_folder(model: PreTrainedModel | str, output_dir: str | None, side: Side) -> None:
+    """Refuse to save over the folder that a model came from.
+
+    Raises:
+        UserError: ``output_dir`` is that folder.
+    """
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    if name and output_dir and Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
+        raise UserError(f"output_dir is the {side}'s own folder '{name}', which saving would overwrite; name another.")

@@ -55,7 +55,8 @@ class DistillationModel(nn.Module):
             step_counts: by unit, how many positions the whole optimizer step has over ranks and accumulation.
 
         Returns:
-            The loss (a scalar) and, by name, ``[sum, count]`` pairs for the log, detached.
+            The loss (a scalar; without auxiliary terms in eval mode) and, by name, ``[sum, count]`` pairs for the log,
+            detached.
 
         Raises:
             NonFiniteLoss: names the term that is NaN or infinite.
@@ -64,10 +65,16 @@ class DistillationModel(nn.Module):
             self.student, batch["input_ids"], batch["attention_mask"], batch["labels"], vocab_size=self.vocab_size
         )
         terms = self.objective(ForwardPair(student, teacher), batch)
-        loss = torch.stack([term.weight * term.sum / step_counts[term.unit] for term in terms.values()]).sum()
+        counted = [term for term in terms.values() if self.training or not term.is_auxiliary]
+        loss = torch.stack([term.weight * term.sum / step_counts[term.unit] for term in counted]).sum()
         if not torch.isfinite(loss):
             raise NonFiniteLoss(_name_culprit(terms))
         return loss, _tally(terms)
+
+
+def tally_dtype(device: torch.device) -> torch.dtype:
+    """Float64, so that long sums stay exact, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _tally(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:
@@ -77,8 +84,9 @@ def _tally(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:
     for term in terms.values():
         ratios |= {name: (ratio.sum, ratio.count) for name, ratio in term.metrics.items()}
     device = next(iter(terms.values())).sum.device
+    dtype = tally_dtype(device)
     return {
-        name: torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in pair])
+        name: torch.stack([torch.as_tensor(value).detach().to(device=device, dtype=dtype) for value in pair])
         for name, pair in ratios.items()
     }
 

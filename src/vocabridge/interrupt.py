@@ -7,6 +7,7 @@ import signal
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -26,16 +27,28 @@ class InterruptCallback(TrainerCallback):
         self.interrupted = False
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                self._previous[number] = signal.signal(number, self._handle)
+                self._previous.setdefault(number, signal.signal(number, self._handle))
             except ValueError:
                 logger.info("not in the main thread: signals are left alone")
                 return
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the trainer to save and stop."""
+        """Ask the trainer to save and stop; with several processes, as soon as one of them was told to."""
+        if args.world_size > 1:
+            flag = torch.tensor(float(self.interrupted), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.interrupted = bool(flag.item())
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The checkpoint is written already; an epoch's own evaluation and saving would come in the middle of it."""
+        if self.interrupted:
+            control.should_save = False
+            control.should_evaluate = False
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

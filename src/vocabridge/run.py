@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 import yaml
 from peft import PeftModel
-from transformers import set_seed
+from transformers import TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from vocabridge.errors import UserError
@@ -24,7 +26,7 @@ from vocabridge.models.loading import load_student, load_teacher, load_tokenizer
 from vocabridge.pairs import PairTokenizer, StreamingPairs
 from vocabridge.recipe import Recipe
 from vocabridge.run_record import write_run_record
-from vocabridge.saving import OBJECTIVE_FILE, publish, staged_folder
+from vocabridge.saving import OBJECTIVE_FILE, load_parts, publish, save_student, staged_folder
 from vocabridge.text import Example, iter_examples, read_examples
 from vocabridge.trainer import DistillationTrainer
 from vocabridge.training_arguments import DistillationConfig
@@ -33,8 +35,13 @@ logger = logging.getLogger(__name__)
 
 _RECIPE_FILE = "recipe.yaml"
 _RUN_FILES = (_RECIPE_FILE, "run.json")
-_FREE_SECTIONS = ("training", "evaluation")
-"""Sections that may change between a run and its resumption."""
+_FREE_KEYS = (
+    "evaluation.",
+    *(f"training.{name}" for name in ("max_steps", "num_train_epochs", "save_", "logging_", "eval_", "report_to")),
+    *(f"training.{name}" for name in ("diagnostics_", "disable_tqdm", "output_dir", "dataloader_", "per_device_eval_")),
+)
+"""What may change between a run and its resumption: how long it trains and what is seen of it. Optimizer settings may
+not: the checkpoint's own would go on, and the recipe would record others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +80,41 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         if overwrite:
             shutil.rmtree(run_dir, ignore_errors=True)
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / _RECIPE_FILE).write_text(recipe.resolved_yaml(), encoding="utf-8")
+        partial = run_dir / f"{_RECIPE_FILE}.tmp"
+        partial.write_text(recipe.resolved_yaml(), encoding="utf-8")
+        partial.replace(run_dir / _RECIPE_FILE)
         write_run_record(run_dir, seed=arguments.seed, objective=recipe.objective.name)
     checkpoint = get_last_checkpoint(str(run_dir)) if resume else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trained = _train(trainer, checkpoint)
     steps = trainer.state.global_step
     if trainer.interrupt.interrupted:
         return RunResult(run_dir, interrupted=True, steps=steps)
     _save_final(trainer, run_dir, recipe)
+    del trainer  # its models and optimizer would crowd the evaluation out of memory
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     evaluation = None
     if recipe.evaluation is not None and arguments.process_index == 0:
-        is_trained_further = checkpoint is None or not checkpoint.endswith(f"checkpoint-{steps}")
-        evaluation = _evaluate(recipe, run_dir, overwrite=is_trained_further)
-    _wait_for_all(arguments)
+        evaluation = _evaluate(recipe, run_dir, overwrite=trained)
     return RunResult(run_dir, interrupted=False, steps=steps, evaluation=evaluation)
+
+
+def _train(trainer: DistillationTrainer, checkpoint: str | None) -> bool:
+    """Train, from the checkpoint if there is one; False when that checkpoint was the end and is only loaded.
+
+    ``Trainer`` looks at ``max_steps`` after a step only, so it would give a finished run one step too many.
+    """
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        same_length = trainer.args.max_steps > 0 or state.num_train_epochs == trainer.args.num_train_epochs
+        last_step = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
+        if same_length and state.global_step >= last_step:
+            load_parts(trainer.student, trainer.objective_module, Path(checkpoint))
+            trainer.state = state
+            return False
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return True
 
 
 def _wait_for_all(arguments: DistillationConfig) -> None:
@@ -117,13 +145,14 @@ def _check_same_recipe(path: Path, recipe: Recipe) -> None:
     """A resumed run must be the same experiment; only how long it trains and what is measured may change."""
     if not path.is_file():
         return
-    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), recipe.values()
+    before, now = yaml.safe_load(path.read_text(encoding="utf-8")) or {}, recipe.values()
     for section in sorted(set(before) | set(now)):
         old, new = before.get(section), yaml.safe_load(yaml.safe_dump(now.get(section)))
         changed = sorted(_changed_keys(section, old, new))
-        if changed and section not in _FREE_SECTIONS:
+        fixed = [key for key in changed if not key.startswith(_FREE_KEYS)]
+        if fixed:
             raise UserError(
-                f"{path}: the run was started with other values of {', '.join(changed)}; resume with the same recipe, "
+                f"{path}: the run was started with other values of {', '.join(fixed)}; resume with the same recipe, "
                 "or start anew with --overwrite."
             )
         if changed:
@@ -201,7 +230,7 @@ def _save_final(trainer: DistillationTrainer, run_dir: Path, recipe: Recipe) -> 
     if isinstance(student, PeftModel) and trainer.is_world_process_zero():
         with staged_folder(run_dir) as staging:
             student.save_pretrained(str(staging / "adapter"))
-            student.merge_and_unload(safe_merge=True).save_pretrained(str(staging))
+            save_student(student.merge_and_unload(safe_merge=True), staging)
             publish(staging, run_dir)
         # Otherwise from_pretrained would put the adapter on top of the weights that already contain it.
         for name in ("adapter_config.json", "adapter_model.safetensors"):

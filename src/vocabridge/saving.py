@@ -64,15 +64,20 @@ def save_parts(
     """Write student and objective into ``folder``; ``state_dict`` is the gathered one of a sharded model."""
     student_state = _part(state_dict, "student.") if state_dict is not None else None
     objective_state = _part(state_dict, "objective.") if state_dict is not None else objective.state_dict()
-    config = student.config
-    training_use_cache, config.use_cache = config.use_cache, True  # off in training only; users generate with it
-    try:
-        student.save_pretrained(str(folder), state_dict=student_state)
-    finally:
-        config.use_cache = training_use_cache
+    save_student(student, folder, student_state)
     if objective_state:
         tensors = {name: value.detach().contiguous().cpu().clone() for name, value in objective_state.items()}
         save_file(tensors, folder / OBJECTIVE_FILE, metadata={"format": "pt"})
+
+
+def save_student(student: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """``save_pretrained`` with the key-value cache on: training switches it off, but users generate with it."""
+    config = student.config
+    training_use_cache, config.use_cache = config.use_cache, True
+    try:
+        student.save_pretrained(str(folder), state_dict=state_dict)
+    finally:
+        config.use_cache = training_use_cache
 
 
 def load_parts(student: PreTrainedModel, objective: Objective, folder: Path) -> None:

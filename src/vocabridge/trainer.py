@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from vocabridge.assembly import as_pairs, build_objective, resolve_model
-from vocabridge.distillation_model import DistillationModel
+from vocabridge.assembly import EndlessPairs, as_pairs, build_objective, refuse_own_folder, resolve_model
+from vocabridge.diagnostics import DiagnosticsCallback
+from vocabridge.distillation_model import DistillationModel, tally_dtype
 from vocabridge.errors import UserError
 from vocabridge.interrupt import InterruptCallback
 from vocabridge.models.forward import check_head
@@ -80,11 +81,13 @@ class DistillationTrainer(Trainer):
     ):
         set_seed(args.seed)  # the projectors start at random, before the base class sets the seed
         student, student_tokenizer = resolve_model(student, student_tokenizer, "student")
-        _refuse_own_folder(student, args.output_dir, "student")
+        refuse_own_folder(student, args.output_dir, "student")
         if teacher is None:
             teacher_tokenizer = None
         else:
-            _refuse_own_folder(teacher, args.output_dir, "teacher")
+            refuse_own_folder(teacher, args.output_dir, "teacher")
+            if teacher is student:
+                raise UserError("student and teacher are the same object; load the teacher a second time.")
             teacher, teacher_tokenizer = resolve_model(teacher, teacher_tokenizer, "teacher")
         self.pair_tokenizer = PairTokenizer(
             student_tokenizer,
@@ -99,6 +102,8 @@ class DistillationTrainer(Trainer):
         built = build_objective(objective, student, student_tokenizer, teacher, teacher_tokenizer)
         self.interrupt = InterruptCallback()
         self.student_tokenizer = student_tokenizer
+        pairs = as_pairs(train_dataset, self.pair_tokenizer, progress=not args.disable_tqdm)
+        train_pairs = EndlessPairs(pairs) if isinstance(pairs, StreamingPairs) else pairs
         collator = PairCollator(
             pad_token_id(student_tokenizer),
             None if teacher_tokenizer is None else pad_token_id(teacher_tokenizer),
@@ -109,7 +114,7 @@ class DistillationTrainer(Trainer):
                 model=DistillationModel(student, built, vocab_size=vocabulary_size(student_tokenizer)),
                 args=args,
                 data_collator=cast(Any, collator),
-                train_dataset=as_pairs(train_dataset, self.pair_tokenizer, progress=not args.disable_tqdm),
+                train_dataset=cast(Any, train_pairs),
                 eval_dataset=as_pairs(eval_dataset, self.pair_tokenizer, progress=not args.disable_tqdm),
                 processing_class=student_tokenizer,
                 callbacks=[*(callbacks or []), self.interrupt],
@@ -123,7 +128,7 @@ class DistillationTrainer(Trainer):
         self._probe_batch: PairBatch | None = None
         self._checked = False
         if args.diagnostics_steps:
-            self.add_callback(DiagnosticsCallback(self))
+            self.add_callback(DiagnosticsCallback(self.measure_distributions, self.log))
 
     @property
     def distillation_model(self) -> DistillationModel:
@@ -150,6 +155,7 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """As ``transformers.Trainer.train``, after the start-up check of both heads on one batch."""
         self.check_models()
+        self._tally = {}
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
@@ -167,7 +173,8 @@ class DistillationTrainer(Trainer):
                 optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, trained))
             except (ValueError, ImportError) as error:
                 raise UserError(f"training.optim: {error}") from error
-            if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & set(kwargs):
+            is_plain = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
+            if not is_plain or {"params", "model", "optimizer_dict"} & set(kwargs):
                 raise UserError(
                     f"training.optim: '{self.args.optim}' builds its own parameter groups and would miss the "
                     "projectors' learning rates; use an AdamW, Adafactor or SGD variant."
@@ -187,7 +194,8 @@ class DistillationTrainer(Trainer):
         }
         # Momentum makes the two-player game circle: on shifted Gaussians MMD^2 fell from 0.33 to 0.02 with these
         # betas and rose to 0.54 with AdamW's own.
-        special = {"discriminator": {"betas": (0.0, 0.9)}} if "betas" in optimizer_kwargs else {}
+        takes_betas = "betas" in optimizer_kwargs and "schedule_free" not in self.args.optim
+        special = {"discriminator": {"betas": (0.0, 0.9)}} if takes_betas else {}
         decayed = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[str, bool], dict[str, Any]] = {}
         for name, parameter in model.named_parameters():
@@ -207,6 +215,28 @@ class DistillationTrainer(Trainer):
             group["params"].append(parameter)
         return list(groups.values())
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clips the discriminator on its own: its gradient, at full rate, must not shrink the student's."""
+        discriminator = self.objective_module.parameter_groups().get("discriminator", [])
+        if not discriminator or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        own = {id(parameter) for parameter in discriminator}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in own]
+        norm = self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm)  # also unscales all under fp16
+        nn.utils.clip_grad_norm_(discriminator, self.args.max_grad_norm)
+        return norm
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: Any) -> Any:
+        """After an interruption the run goes on from the newest checkpoint: nothing may delete or replace it."""
+        if not self.interrupt.interrupted:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        best, limit = self.args.load_best_model_at_end, self.args.save_total_limit
+        self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.load_best_model_at_end, self.args.save_total_limit = best, limit
+
     def _get_num_items_in_batch(self, batch_samples: list[PairBatch], device: torch.device) -> Any:
         """Supervised positions of the whole optimizer step by unit, summed over accumulation and ranks."""
         if not batch_samples:  # a stream that ends with the step before
@@ -214,7 +244,7 @@ class DistillationTrainer(Trainer):
         counts = torch.stack([_count_supervised(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
-        student, teacher = counts.clamp(min=1).double().unbind()
+        student, teacher = counts.clamp(min=1).to(tally_dtype(device)).unbind()
         return {"student_tokens": student, "teacher_tokens": teacher}
 
     def compute_loss(
@@ -285,10 +315,17 @@ class DistillationTrainer(Trainer):
     def _first_pairs(self, size: int) -> list[Any]:
         """A fixed choice of training pairs: by seed, or the first ones of a stream."""
         if not isinstance(self.train_dataset, PairDataset):
-            return list(islice(iter(cast(StreamingPairs, self.train_dataset)), size))
+            return list(islice(iter(cast(EndlessPairs, self.train_dataset)), size))
         size = min(size, len(self.train_dataset))
         chosen = random.Random(self.args.seed).sample(range(len(self.train_dataset)), size)
         return [self.train_dataset[index] for index in chosen]
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As ``transformers.Trainer.evaluate``; rows and files are tokenized first."""
+        given = as_pairs(eval_dataset, self.pair_tokenizer)
+        return super().evaluate(cast(Any, given), ignore_keys, metric_key_prefix)
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -318,14 +355,15 @@ class DistillationTrainer(Trainer):
     @torch.no_grad()
     def _evaluate_batch(self, model: nn.Module, batch: PairBatch) -> dict[str, Tensor]:
         self.objective_module.record_gradients(False)
-        counts = _count_supervised(batch).to(batch["labels"].device).double()
+        device = batch["labels"].device
+        counts = _count_supervised(batch).to(device=device, dtype=tally_dtype(device))
         student, teacher = counts.clamp(min=1).unbind()
         signal = self.teacher(batch) if self.teacher is not None else None
         with self.accelerator.autocast():
             loss, tally = model(
                 batch=batch, teacher=signal, step_counts={"student_tokens": student, "teacher_tokens": teacher}
             )
-        return tally | {"loss": torch.stack([loss.double() * student, student])}
+        return tally | {"loss": torch.stack([loss.to(student.dtype) * student, student])}
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -439,42 +477,6 @@ class DistillationTrainer(Trainer):
                 batch["teacher_labels"],
                 vocab_size=self.teacher.vocab_size,
             )
-
-
-class DiagnosticsCallback(TrainerCallback):
-    """Logs the distances between queries and keys at step 0, every ``diagnostics_steps`` and at the end."""
-
-    def __init__(self, trainer: DistillationTrainer):
-        self.trainer = trainer
-        self._last = -1
-
-    def _measure(self, step: int) -> None:
-        if self._last != step:
-            self._last = step
-            if report := self.trainer.measure_distributions():
-                self.trainer.log(report)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the first step, unless the run resumes."""
-        if state.global_step == 0:
-            self._measure(0)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Every ``diagnostics_steps``."""
-        if state.global_step % args.diagnostics_steps == 0:
-            log_wanted = control.should_log
-            self._measure(state.global_step)
-            control.should_log = log_wanted  # logging takes the wish back, and the step's own losses are still due
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the last step."""
-        self._measure(state.global_step)
-
-
-def _refuse_own_folder(model: PreTrainedModel | str, output_dir: str | None, side: str) -> None:
-    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-    if name and output_dir and Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
-        raise UserError(f"output_dir is the {side}'s own folder '{name}', which saving would overwrite; name another.")
 
 
 def _count_supervised(batch: PairBatch) -> Tensor:

@@ -15,6 +15,10 @@ from vocabridge.prompts import Template
 logger = logging.getLogger(__name__)
 
 
+_WITHOUT_EFFECT = ("label_smoothing_factor", "neftune_noise_alpha", "bf16_full_eval", "fp16_full_eval")
+"""Arguments that ``transformers.Trainer`` applies to its own losses and models only."""
+
+
 @dataclass
 class DistillationConfig(TrainingArguments):
     """``transformers.TrainingArguments`` and what distillation adds."""
@@ -45,6 +49,11 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        unused = [name for name in _WITHOUT_EFFECT if getattr(self, name, None)]
+        if unused:
+            raise UserError(f"training: {', '.join(unused)} cannot be used with distillation losses; leave it out.")
+        if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            raise UserError(f"training.train_sampling_strategy: '{self.train_sampling_strategy}' is not supported yet.")
         for name in ("projector_learning_rate", "discriminator_learning_rate"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):

@@ -406,3 +406,10 @@ def test_a_pipeline_that_was_rebuilt_differently_is_named(
     loaded = load_tokenizer(ModelSpec(model=str(tmp_path)))
     assert loaded("a b").input_ids != tiny_sentencepiece_tokenizer("a b").input_ids, "nothing was rebuilt here"
     assert "pre-tokenizer" in caplog.text or "pre_tokenizer" in caplog.text
+
+
+def test_a_trained_student_is_float32_whatever_its_checkpoint(tmp_path: Path, tiny_model):
+    tiny_model("llama").bfloat16().save_pretrained(tmp_path)
+    assert load_student(ModelSpec(model=str(tmp_path))).dtype == torch.float32
+    assert load_student(ModelSpec(model=str(tmp_path), dtype="bfloat16")).dtype == torch.bfloat16
+    assert load_model(ModelSpec(model=str(tmp_path))).dtype == torch.bfloat16

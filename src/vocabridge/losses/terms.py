@@ -34,5 +34,7 @@ class LossTerm:
     unit: Unit = "student_tokens"
     """What the step-wide divisor counts: supervised student or teacher positions."""
     weight: float = 1.0
+    is_auxiliary: bool = False
+    """Says nothing of the student, so it is left out of ``eval_loss``, by which checkpoints are chosen."""
     metrics: Mapping[str, Ratio] = field(default_factory=dict)
     """Parts of the term and diagnostics, logged by these names."""

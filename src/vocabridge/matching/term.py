@@ -39,7 +39,8 @@ class MatchingTerm(nn.Module):
         if self.kind == "mmd" and min(queries.shape[0], keys.shape[0]) > 1:
             # A statistic of the micro-batch: weighted by tokens, so an accumulated step takes the mean over its parts.
             count = queries.shape[0]
-            return {"mmd": LossTerm(mmd_squared(queries.float(), keys.float()) * count, count, weight=self.weight)}
+            total = mmd_squared(queries.float(), keys.float()) * count
+            return {"mmd": LossTerm(total, count, weight=self.weight, is_auxiliary=True)}
         return {}
 
     def _adversarial(self, gan: GanMatching, queries: Tensor, keys: Tensor) -> dict[str, LossTerm]:
@@ -49,12 +50,14 @@ class MatchingTerm(nn.Module):
             "gan_queries": LossTerm(
                 sums.query_loss,
                 num_queries,
+                is_auxiliary=True,
                 metrics={"discriminator_query_accuracy": Ratio(sums.queries_right, num_queries)},
             ),
             "gan_keys": LossTerm(
                 sums.key_loss,
                 num_keys,
                 unit="teacher_tokens",
+                is_auxiliary=True,
                 metrics={"discriminator_key_accuracy": Ratio(sums.keys_right, num_keys)},
             ),
         }

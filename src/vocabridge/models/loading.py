@@ -80,13 +80,18 @@ def load_teacher(spec: ModelSpec) -> PreTrainedModel:
 def load_student(spec: ModelSpec) -> Any:
     """A trainable model in train mode: a ``PreTrainedModel``, or a ``PeftModel`` around it when ``spec.lora`` is set.
 
-    It stays on the CPU unless ``spec.device`` is set: the Trainer moves it.
+    It stays on the CPU unless ``spec.device`` is set: the Trainer moves it. With ``dtype: auto`` it is float32 whatever
+    the checkpoint's dtype, unless LoRA freezes it: in bfloat16 most updates are smaller than the weights' last bit and
+    are lost (use ``bf16: true`` of the training arguments for speed).
 
     Raises:
         UserError: as :func:`load_model`, or a setting that only a teacher has, or LoRA targets that do not exist.
     """
     check_side(spec, "student")
-    model = load_model(spec if spec.device else spec.model_copy(update={"device": "cpu"}))
+    changes = {} if spec.device else {"device": "cpu"}
+    if spec.dtype == "auto" and spec.lora is None:
+        changes["dtype"] = "float32"
+    model = load_model(spec.model_copy(update=changes))
     return (model if spec.lora is None else add_lora(model, spec.lora)).train()
 
 

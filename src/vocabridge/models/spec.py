@@ -34,7 +34,7 @@ class ModelSpec(Settings):
     revision: str | None = None
     """Branch, tag or commit of a hub model; none means its main branch."""
     dtype: Dtype = "auto"
-    """Type of the weights in memory; ``auto`` keeps the checkpoint's own."""
+    """Type of the weights in memory; ``auto`` keeps the checkpoint's own, but a student trained in full is float32."""
     device: str | None = None
     """Where the model runs (``cpu``, ``cuda``, ``cuda:1``); none means the accelerator when there is one."""
     attn_implementation: str | None = None

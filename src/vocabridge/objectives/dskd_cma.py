@@ -199,8 +199,9 @@ class DskdCma(Objective):
         return report | {name: float(ratio.sum) / max(float(ratio.count), 1.0) for name, ratio in located.items()}
 
     def queries(self, inputs: Tensor) -> Tensor:
-        """Query inputs ``[N, 2d]`` to queries ``[N, 2D]``."""
-        return self.query_projector(inputs.to(self.query_projector.weight.dtype))
+        """Query inputs ``[N, 2d]`` to queries ``[N, 2D]``; never in bfloat16 by autocast: the scores are scaled up."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            return self.query_projector(inputs.to(self.query_projector.weight.dtype))
 
     def query_inputs(self, tokens: SupervisedTokens, embedding: nn.Module, num_examples: int) -> Tensor:
         """Constant ``[N, 2d]``: the student's embeddings of input token and label of each supervised position."""
@@ -238,7 +239,8 @@ class DskdCma(Objective):
         teacher_padding = Padding.of(teacher.rows, num_examples)
         padded_queries = student_padding.pad(queries)
         padded_keys = teacher_padding.pad(keys.to(queries.dtype))
-        scores = padded_queries @ padded_keys.transpose(1, 2) * self.score_scale
+        with torch.autocast(queries.device.type, enabled=False):
+            scores = padded_queries @ padded_keys.transpose(1, 2) * self.score_scale
         return _Attention(
             to_student=attention_weights(scores, teacher_padding.mask),
             to_teacher=attention_weights(scores.transpose(1, 2), student_padding.mask),
