@@ -95,7 +95,7 @@ def distill(recipe: str, run_dir: Path) -> None:
 def evaluate(model: Path, name: str, template: str) -> None:
     """Greedy answers and bits per byte on both tests."""
     tests = [str(DATA / f"{test}.jsonl") for test in TESTS]
-    options = ["--seeds", "0", "--temperature", "0", "--max-new-tokens", "64", "--template", template]
+    options = ["--seeds", "0", "--temperature", "0", "--max-new-tokens", "48", "--template", template]
     vocabridge("evaluate", str(model), "--data", *tests, *options, "--output-dir", str(scores_folder(name)))
 
 

@@ -19,7 +19,7 @@ OUT_OF_DOMAIN = ("coding",)
 TEST_SHARE = 0.2
 
 
-def write_splits(folder: Path, *, seed: int = 0, max_test_questions: int = 64) -> dict[str, int]:
+def write_splits(folder: Path, *, seed: int = 0, max_test_questions: int = 48) -> dict[str, int]:
     """Write ``train.jsonl``, ``in_domain.jsonl`` and ``out_of_domain.jsonl``; returns the number of rows of each."""
     answers = _answers_by_question()
     everyday = sorted(question for question, (topic, _) in answers.items() if topic not in OUT_OF_DOMAIN)
