@@ -50,6 +50,15 @@ def recipe_file(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
     return path
 
 
+@pytest.fixture
+def one_thread():
+    """Sums in the same order here as in a process that was started with one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def logged_losses(run_dir):
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     pairs = [(entry["step"], entry["loss"]) for entry in map(json.loads, lines) if "loss" in entry]
@@ -252,6 +261,7 @@ def wait_for(condition, *, seconds=120):
     raise AssertionError("timed out")
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_process_goes_on_to_the_same_result(recipe_file, tmp_path, number):
     run_dir, whole = tmp_path / "run", tmp_path / "whole"

@@ -169,7 +169,7 @@ def _folder_conflicts(sections: Mapping[str, Any], training: TrainingSettings) -
         inputs += [("the data", name) for name in evaluation.data]
     for what, name in dict.fromkeys(inputs):
         path = Path(name).expanduser().resolve()
-        if path.exists() and (run_dir == path or run_dir in path.parents):
+        if run_dir == path or (path.exists() and run_dir in path.parents):
             problem = f"is or contains {what} '{name}', which the run would overwrite; choose another."
             found.append(Conflict("training.output_dir", problem))
     return found
