@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vocabridge.errors import UserError
@@ -467,6 +467,8 @@ def test_valid_recipes_round_trip(values: dict[str, Any]) -> None:
 
 
 @settings(max_examples=300, deadline=None)
+@example("a\x85b")
+@example("\u2028")
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

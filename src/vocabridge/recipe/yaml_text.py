@@ -94,6 +94,15 @@ def read_value(text: str) -> Any:
         raise UserError(f"the value '{text}' is not valid YAML; quote it.") from error
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Double quotes where YAML would take a character for a line break (NEL, line and paragraph separators)."""
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def dump(values: dict[str, Any]) -> str:
     """Block-style YAML that :func:`read_mapping` reads back to equal values; keys stay in their order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
