@@ -12,7 +12,14 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vocabridge.errors import UserError
-from vocabridge.models.loading import check_tokenizer_matches, load_student, load_teacher, load_tokenizer
+from vocabridge.models.heads import output_head
+from vocabridge.models.loading import (
+    check_tokenizer_matches,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+    vocabulary_size,
+)
 from vocabridge.models.spec import ModelSpec, Side
 from vocabridge.objectives import objective_class, objective_info
 from vocabridge.objectives.base import Objective, ObjectiveSetup
@@ -66,8 +73,12 @@ def build_objective(
         student_hidden_size=_width(student_embedding),
         student_embedding=student_embedding,
         student_tokenizer=student_tokenizer,
+        student_head=output_head(student, vocabulary_size(student_tokenizer)),
         teacher_hidden_size=None if teacher_embedding is None else _width(teacher_embedding),
         teacher_embedding=teacher_embedding,
+        teacher_head=None
+        if teacher is None or teacher_tokenizer is None
+        else output_head(teacher, vocabulary_size(teacher_tokenizer)),
         teacher_tokenizer=teacher_tokenizer,
     )
     try:

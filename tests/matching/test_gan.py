@@ -17,6 +17,14 @@ def shifted_gaussians(seed=0, size=256):
     return inputs, keys
 
 
+def one_example(queries, keys):
+    rows = {
+        "query_rows": torch.zeros(len(queries), dtype=torch.long),
+        "key_rows": torch.zeros(len(keys), dtype=torch.long),
+    }
+    return rows | {"num_examples": 1}
+
+
 def train(*, train_discriminator, steps=200):
     """Train a projector by the adversarial term alone; MMD^2 between projected inputs and keys before and after."""
     torch.manual_seed(0)
@@ -162,7 +170,9 @@ def test_warmup_raises_the_weight_linearly():
 def test_mmd_term_is_the_distance_times_the_tokens_and_pulls_queries_to_keys():
     inputs, keys = shifted_gaussians(size=32)
     queries = inputs.clone().requires_grad_(True)
-    term = MatchingTerm("mmd", FEATURES, weight=1.0, warmup_steps=0, gan=GanConfig())(queries, keys)["mmd"]
+    term = MatchingTerm("mmd", FEATURES, weight=1.0, warmup_steps=0, gan=GanConfig())(
+        queries, keys, **one_example(queries, keys)
+    )["mmd"]
     assert float(term.sum.detach()) == pytest.approx(32 * float(mmd_squared(inputs, keys)))
     term.sum.backward()
     with torch.no_grad():
@@ -172,7 +182,7 @@ def test_mmd_term_is_the_distance_times_the_tokens_and_pulls_queries_to_keys():
 def test_accuracies_count_right_answers():
     inputs, keys = shifted_gaussians(size=16)
     term = MatchingTerm("gan", FEATURES, weight=1.0, warmup_steps=0, gan=GanConfig(hidden_size=4, dropout=0.0))
-    terms = term(inputs, keys)
+    terms = term(inputs, keys, **one_example(inputs, keys))
     logits = term.gan.discriminator(inputs)
     assert int(terms["gan_queries"].metrics["discriminator_query_accuracy"].sum) == int((logits > 0).sum())
     assert terms["gan_keys"].unit == "teacher_tokens"

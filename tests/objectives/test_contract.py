@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiny_pair import ROWS, student_model, teacher_model
 from vocabridge.models.forward import forward_side, teacher_side
+from vocabridge.models.heads import output_head
 from vocabridge.objectives import objective_class, objective_info, objective_names
 from vocabridge.objectives.base import ForwardPair, ObjectiveSetup
 from vocabridge.pairs import PairCollator, PairTokenizer
@@ -24,6 +25,8 @@ class World:
     """Both models, one objective, and the rows under both tokenizers."""
 
     def __init__(self, name, student_tokenizer, teacher_tokenizer):
+        if "same_tokenizer" in objective_info(name).config_class.needs:
+            teacher_tokenizer = student_tokenizer
         self.student, self.teacher = student_model(student_tokenizer), teacher_model(teacher_tokenizer)
         tokenize = PairTokenizer(student_tokenizer, teacher_tokenizer, max_length=128)
         self.pairs = [tokenize(example) for example in read_examples(ROWS)]
@@ -35,8 +38,10 @@ class World:
                 student_hidden_size=32,
                 student_embedding=self.student.get_input_embeddings(),
                 student_tokenizer=student_tokenizer,
+                student_head=output_head(self.student),
                 teacher_hidden_size=48,
                 teacher_embedding=self.teacher.get_input_embeddings(),
+                teacher_head=output_head(self.teacher),
                 teacher_tokenizer=teacher_tokenizer,
             ),
         ).eval()  # no dropout: the contract is about sums

@@ -27,6 +27,7 @@ def build(case, **settings):
             student_hidden_size=case.tensors["in.student_hidden"].shape[-1],
             student_embedding=nn.Embedding(2, 2),
             student_tokenizer=None,
+            student_head=None,
             teacher_hidden_size=case.tensors["in.teacher_hidden"].shape[-1],
             teacher_embedding=nn.Embedding(2, 2),
             teacher_tokenizer=None,
@@ -105,7 +106,13 @@ def test_adversarial_term_has_the_published_value_and_gradients(golden):
     objective.eval()  # the published numbers are without dropout
     queries = case.tensors["out.queries"].flatten(0, 1).clone().requires_grad_(True)
     keys = case.tensors["out.keys"].flatten(0, 1)
-    terms = objective.matching(queries, keys)
+    terms = objective.matching(
+        queries,
+        keys,
+        query_rows=torch.zeros(len(queries), dtype=torch.long),
+        key_rows=torch.zeros(len(keys), dtype=torch.long),
+        num_examples=1,
+    )
     loss = total(terms, queries.shape[0], keys.shape[0])
     assert float(loss.detach()) == pytest.approx(case.scalars["kq_loss"], rel=2e-5)
     loss.backward()

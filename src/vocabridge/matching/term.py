@@ -32,8 +32,18 @@ class MatchingTerm(nn.Module):
         """Weight at the present step."""
         return self._full_weight * (min(1.0, self._step / self._warmup_steps) if self._warmup_steps else 1.0)
 
-    def forward(self, queries: Tensor, keys: Tensor) -> dict[str, LossTerm]:
-        """Terms for packed ``queries [N, F]`` and constant ``keys [M, F]`` of supervised positions only."""
+    def forward(
+        self, queries: Tensor, keys: Tensor, *, query_rows: Tensor, key_rows: Tensor, num_examples: int
+    ) -> dict[str, LossTerm]:
+        """Terms for packed ``queries [N, F]`` and constant ``keys [M, F]`` of supervised positions only.
+
+        Args:
+            queries: with gradient.
+            keys: constants of the frozen teacher.
+            query_rows: ``[N]`` example of each query.
+            key_rows: ``[M]`` example of each key.
+            num_examples: in the micro-batch.
+        """
         if self.gan is not None and queries.shape[0] and keys.shape[0]:
             return self._adversarial(self.gan, queries, keys)
         if self.kind == "mmd" and min(queries.shape[0], keys.shape[0]) > 1:

@@ -2,9 +2,9 @@
 
 Names, one-line summaries and config classes are read from the source files without importing them, because importing
 an objective imports torch (seconds) while ``vocabridge validate`` and ``vocabridge objectives`` must answer at once.
-An objective's config class therefore stands on its own: it derives from :class:`ObjectiveConfig` or
-:class:`~vocabridge.settings.Settings` and uses only what the file imports with ``from ... import`` out of ``typing``,
-``pydantic`` and the config modules named below.
+An objective's config class therefore stands on its own: it derives from :class:`ObjectiveConfig`, one of its
+subclasses in the same module, or :class:`~vocabridge.settings.Settings`, and uses only what the file imports with
+``from ... import`` out of ``typing``, ``pydantic`` and the config modules named below.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from vocabridge.suggest import did_you_mean
 if typing.TYPE_CHECKING:
     from vocabridge.objectives.base import Objective
 
-_NOT_OBJECTIVES = {"__init__", "base", "config"}
+_NOT_OBJECTIVES = {"base", "config"}
+"""And every file whose name begins with an underscore: code that several objectives share."""
+
+_CONFIG_BASES = {"ObjectiveConfig", "KdConfig", "DivergenceConfig", "Settings"}
 _LIGHT_MODULES = {
     "typing",
     "pydantic",
@@ -48,7 +51,8 @@ class ObjectiveInfo:
 
 def objective_names() -> list[str]:
     """Names of the built-in objectives, sorted."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _NOT_OBJECTIVES)
+    stems = (path.stem for path in Path(__file__).parent.glob("*.py"))
+    return sorted(stem for stem in stems if stem not in _NOT_OBJECTIVES and not stem.startswith("_"))
 
 
 def objective_info(name: str) -> ObjectiveInfo:
@@ -114,5 +118,5 @@ def _is_light_import(node: ast.stmt) -> bool:
 
 def _is_config(node: ast.stmt) -> bool:
     return isinstance(node, ast.ClassDef) and any(
-        isinstance(base, ast.Name) and base.id in ("ObjectiveConfig", "Settings") for base in node.bases
+        isinstance(base, ast.Name) and base.id in _CONFIG_BASES for base in node.bases
     )

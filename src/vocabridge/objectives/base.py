@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -10,8 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from vocabridge.losses.chunked_head import HeadInput
 from vocabridge.losses.terms import LossTerm, Ratio
 from vocabridge.models.forward import SideForward
+from vocabridge.models.heads import OutputHead
 from vocabridge.objectives.config import ObjectiveConfig
 from vocabridge.pairs import PairBatch
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "ForwardPair",
@@ -19,6 +23,7 @@ __all__ = [
     "Objective",
     "ObjectiveSetup",
     "Ratio",
+    "coverage_ratio",
     "head_input",
     "require_teacher",
 ]
@@ -39,8 +44,10 @@ class ObjectiveSetup:
     student_hidden_size: int
     student_embedding: nn.Module
     student_tokenizer: PreTrainedTokenizerBase
+    student_head: OutputHead
     teacher_hidden_size: int | None = None
     teacher_embedding: nn.Module | None = None
+    teacher_head: OutputHead | None = None
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
 
 
@@ -83,6 +90,21 @@ def require_teacher(pair: ForwardPair) -> SideForward:
     """The teacher's side, for objectives that cannot do without."""
     assert pair.teacher is not None, "the trainer gave no teacher forward to an objective that needs one"
     return pair.teacher
+
+
+def coverage_ratio(objective: str, covered: Tensor | int, total: int) -> Ratio:
+    """The logged ``coverage``: how many of the student's supervised positions the distillation terms reach.
+
+    Warns when a micro-batch has positions and none is covered: its distillation loss is 0, which looks like success.
+    """
+    if total and not int(covered):
+        logger.warning(
+            "objective %s: none of the %d supervised student positions of a micro-batch has a partner on the teacher's "
+            "side, so it teaches nothing here; 'vocabridge inspect-pair' shows how well the tokenizers fit.",
+            objective,
+            total,
+        )
+    return Ratio(covered, total)
 
 
 def head_input(side: SideForward, hidden: Tensor | None = None, *, train_head: bool = True) -> HeadInput:

@@ -229,7 +229,13 @@ class DskdCma(Objective):
         return {
             "student_space": self._student_space(student, teacher, attention, batch),
             "teacher_space": self._teacher_space(student, teacher, attention),
-            **self.matching(self.meter.watch(queries, inputs, "matching"), keys),
+            **self.matching(
+                self.meter.watch(queries, inputs, "matching"),
+                keys,
+                query_rows=student.rows,
+                key_rows=teacher.rows,
+                num_examples=num_examples,
+            ),
         }
 
     def _attend(
