@@ -10,7 +10,16 @@ from vocabridge.losses import divergences
 from vocabridge.losses.divergences import divergence
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-NAMES = ("forward", "reverse", "jensen_shannon", "skewed_forward", "skewed_reverse", "adaptive")
+NAMES = (
+    "forward",
+    "reverse",
+    "jensen_shannon",
+    "generalised_jsd",
+    "skewed_forward",
+    "skewed_reverse",
+    "adaptive",
+    "total_variation",
+)
 GOLDEN_NAMES = {
     "forward": "forward_kl",
     "reverse": "reverse_kl",
@@ -49,20 +58,23 @@ def adaptive_weights(p, q, alpha):
     return head, tail
 
 
-def loop_divergence(name, student, teacher, *, temperature=1.0, teacher_temperature=1.0, skew=0.1, alpha=0.5):
+def loop_divergence(name, student, teacher, *, temperature=1.0, teacher_temperature=1.0, skew=0.1, alpha=0.5, beta=0.5):
     """One row, plain Python floats."""
     p, q = softmax(student, temperature), softmax(teacher, temperature * teacher_temperature)
     if name == "forward":
         return kl(q, p)
     if name == "reverse":
         return kl(p, q)
-    if name == "jensen_shannon":
-        middle = mix(p, q, 0.5)
-        return 0.5 * kl(q, middle) + 0.5 * kl(p, middle)
+    if name in ("jensen_shannon", "generalised_jsd"):
+        beta = beta if name == "generalised_jsd" else 0.5
+        middle = mix(q, p, beta)
+        return beta * kl(q, middle) + (1 - beta) * kl(p, middle)
     if name == "skewed_forward":
         return kl(q, mix(q, p, skew))
     if name == "skewed_reverse":
         return kl(p, mix(p, q, skew))
+    if name == "total_variation":
+        return sum(x - y for x, y in zip(p, q, strict=True) if x > y)
     head, tail = adaptive_weights(p, q, alpha)
     return (head * kl(q, p) + tail * kl(p, q)) / (head + tail)
 
@@ -79,9 +91,9 @@ def random_logits(rows=4, vocab=11, scale=3.0, dtype=torch.float64, seed=0):
 def test_matches_a_loop_in_python_floats(name, temperature, teacher_temperature):
     student, teacher = random_logits()
     settings = {"temperature": temperature, "teacher_temperature": teacher_temperature, "skew": 0.3}
-    row_loss = divergence(name, adaptive_alpha=0.4, **settings)
+    row_loss = divergence(name, adaptive_alpha=0.4, jsd_beta=0.15, **settings)
     expected = [
-        loop_divergence(name, s, t, alpha=0.4, **settings)
+        loop_divergence(name, s, t, alpha=0.4, beta=0.15, **settings)
         for s, t in zip(student.tolist(), teacher.tolist(), strict=True)
     ]
     torch.testing.assert_close(row_loss(student, teacher), torch.tensor(expected, dtype=torch.float64))
@@ -90,7 +102,7 @@ def test_matches_a_loop_in_python_floats(name, temperature, teacher_temperature)
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_is_that_of_finite_differences(name):
     student, teacher = random_logits(scale=1.0)
-    row_loss = divergence(name, temperature=1.7, skew=0.2)
+    row_loss = divergence(name, temperature=1.7, skew=0.2, jsd_beta=0.3)
     if name == "adaptive":  # the weights are constants to the gradient, so differences must hold them
         p, q = torch.softmax(student.detach() / 1.7, -1).tolist(), torch.softmax(teacher / 1.7, -1).tolist()
         weights = [adaptive_weights(a, b, 0.5) for a, b in zip(p, q, strict=True)]
@@ -131,7 +143,7 @@ def test_upstream_gradient_is_per_row(name):
 def test_equal_logits_give_exactly_no_loss_and_no_gradient(name, dtype):
     student, _ = random_logits(rows=5, vocab=1000, scale=8.0)
     student = student.detach().to(dtype).requires_grad_()
-    loss = divergence(name, temperature=2.0)(student, student.detach().clone())
+    loss = divergence(name, jsd_beta=0.1, temperature=2.0)(student, student.detach().clone())
     loss.sum().backward()
     assert loss.tolist() == [0.0] * 5
     assert student.grad.count_nonzero() == 0  # NaN counts as nonzero
@@ -155,12 +167,18 @@ def test_columns_masked_on_both_sides_have_no_effect(name):
 def test_logits_far_apart_stay_finite(name):
     student = torch.tensor([[300.0, 0.0, -200.0], [0.0, 90.0, 0.0]], requires_grad=True)
     teacher = torch.tensor([[-200.0, 0.0, 300.0], [95.0, 0.0, 0.0]])
-    loss = divergence(name)(student, teacher)
+    loss = divergence(name, jsd_beta=0.3)(student, teacher)
     loss.sum().backward()
     assert loss.isfinite().all()
     assert (loss > 0.5).all()
     assert student.grad.isfinite().all()
-    bounds = {"jensen_shannon": math.log(2), "skewed_forward": -math.log(0.1), "skewed_reverse": -math.log(0.1)}
+    bounds = {
+        "jensen_shannon": math.log(2),
+        "generalised_jsd": -0.3 * math.log(0.3) - 0.7 * math.log(0.7),
+        "skewed_forward": -math.log(0.1),
+        "skewed_reverse": -math.log(0.1),
+        "total_variation": 1.0,
+    }
     if name in bounds:
         assert loss.tolist() == pytest.approx([bounds[name]] * 2, rel=1e-5)
     if name == "forward":
@@ -203,11 +221,29 @@ def test_no_temperature_squared_factor():
     torch.testing.assert_close(warm, divergence("forward")(student / 4, teacher / 4))
 
 
-@pytest.mark.parametrize("name", ["skewed_forward", "skewed_reverse"])
-@pytest.mark.parametrize("skew", [0.0, 1.0, -0.1])
-def test_skew_out_of_range_is_refused(name, skew):
-    with pytest.raises(ValueError, match="skew"):
-        divergence(name, skew=skew)(*random_logits())
+@pytest.mark.parametrize("name", ["skewed_forward", "skewed_reverse", "generalised_jsd"])
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
+def test_share_out_of_range_is_refused(name, share):
+    with pytest.raises(ValueError, match="beta" if name == "generalised_jsd" else "skew"):
+        divergence(name, skew=share, jsd_beta=share)(*random_logits())
+
+
+def test_jsd_beta_is_the_teachers_share():
+    certain, uniform = torch.tensor([[40.0, 0.0]]), torch.zeros(1, 2)  # the teacher is certain, the student is not
+    # m = beta (1, 0) + (1 - beta) (1/2, 1/2), so m_0 = (1 + beta) / 2 and m_1 = (1 - beta) / 2.
+    beta = 0.2
+    to_mixture = 0.5 * math.log(0.5 / 0.6) + 0.5 * math.log(0.5 / 0.4)
+    expected = -beta * math.log(0.6) + (1 - beta) * to_mixture
+    assert divergences.generalised_jsd(uniform, certain, beta=beta).item() == pytest.approx(expected)
+
+
+def test_jsd_tends_to_the_two_kls():
+    student, teacher = random_logits(scale=1.0)
+    student, share = student.detach(), 1e-5
+    near_forward = divergences.generalised_jsd(student, teacher, beta=share) / share
+    near_reverse = divergences.generalised_jsd(student, teacher, beta=1 - share) / share
+    torch.testing.assert_close(near_forward, divergences.forward_kl(student, teacher), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(near_reverse, divergences.reverse_kl(student, teacher), rtol=1e-3, atol=0.0)
 
 
 def test_unknown_name_is_refused():
@@ -232,7 +268,7 @@ def golden():
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_values_of_the_published_code(golden, name, setting):
     tensors, scalars = golden
     temperature, teacher_temperature = SETTINGS[setting]
@@ -251,7 +287,7 @@ def test_values_of_the_published_code(golden, name, setting):
     assert loss[supervised].sum().item() == pytest.approx(scalars[f"{key}.sum"], rel=2e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "adaptive"])
+@pytest.mark.parametrize("name", [name for name in GOLDEN_NAMES if name != "adaptive"])
 def test_gradients_of_the_published_code(golden, name):
     tensors, _ = golden
     student = tensors["in.student_logits"].clone().requires_grad_()

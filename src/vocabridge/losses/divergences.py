@@ -28,6 +28,7 @@ from torch import Tensor
 
 DEFAULT_SKEW = 0.1
 DEFAULT_ADAPTIVE_ALPHA = 0.5
+DEFAULT_JSD_BETA = 0.5
 
 MAX_LOG_RATIO = 80.0
 """exp() of it fits float32; where one probability exceeds the other by more, the smaller one is below 1e-34."""
@@ -38,15 +39,18 @@ def divergence(
     *,
     skew: float = DEFAULT_SKEW,
     adaptive_alpha: float = DEFAULT_ADAPTIVE_ALPHA,
+    jsd_beta: float = DEFAULT_JSD_BETA,
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the row loss called ``name`` with its settings bound.
 
     Args:
-        name: ``forward``, ``reverse``, ``jensen_shannon``, ``skewed_forward``, ``skewed_reverse`` or ``adaptive``.
+        name: ``forward``, ``reverse``, ``jensen_shannon`` (``generalised_jsd`` at 0.5), ``generalised_jsd``,
+            ``skewed_forward``, ``skewed_reverse``, ``adaptive`` or ``total_variation``.
         skew: share of the numerator's distribution in the skewed mixtures, in (0, 1).
         adaptive_alpha: teacher probability mass that counts as the tail in ``adaptive``, in [0, 1].
+        jsd_beta: the teacher's share in the mixture of ``generalised_jsd``, in (0, 1).
         temperature: divides both sides' logits.
         teacher_temperature: divides the teacher's logits once more.
 
@@ -56,10 +60,12 @@ def divergence(
     row_losses: dict[str, Callable[..., Tensor]] = {
         "forward": forward_kl,
         "reverse": reverse_kl,
-        "jensen_shannon": jensen_shannon,
+        "jensen_shannon": partial(generalised_jsd, beta=0.5),
+        "generalised_jsd": partial(generalised_jsd, beta=jsd_beta),
         "skewed_forward": partial(skewed_forward_kl, skew=skew),
         "skewed_reverse": partial(skewed_reverse_kl, skew=skew),
         "adaptive": partial(adaptive_kl, alpha=adaptive_alpha),
+        "total_variation": total_variation,
     }
     if name not in row_losses:
         raise ValueError(f"unknown divergence {name!r}; known: {', '.join(row_losses)}")
@@ -80,11 +86,27 @@ def reverse_kl(
     return _row_loss(_reverse, student_logits, teacher_logits, temperature, teacher_temperature)
 
 
-def jensen_shannon(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, teacher_temperature: float = 1.0
+def generalised_jsd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: float = DEFAULT_JSD_BETA,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
 ) -> Tensor:
-    """Jensen-Shannon divergence of every row: KL(q || m) / 2 + KL(p || m) / 2 with m = (p + q) / 2; at most log 2."""
-    return _row_loss(_jensen_shannon, student_logits, teacher_logits, temperature, teacher_temperature)
+    """Generalised Jensen-Shannon divergence of every row (GKD, arXiv 2306.13649), at most the entropy of ``beta``.
+
+    With the mixture m = beta q + (1 - beta) p it is beta KL(q || m) + (1 - beta) KL(p || m): the Jensen-Shannon
+    divergence (at most log 2) at 0.5, near beta KL(teacher || student) for a small ``beta`` and near
+    (1 - beta) KL(student || teacher) for one close to 1. Some implementations mean the student's share by beta.
+
+    Raises:
+        ValueError: ``beta`` is not strictly between 0 and 1.
+    """
+    _check_share("beta", beta)
+    return _row_loss(
+        partial(_generalised_jsd, beta=beta), student_logits, teacher_logits, temperature, teacher_temperature
+    )
 
 
 def skewed_forward_kl(
@@ -100,7 +122,7 @@ def skewed_forward_kl(
     Raises:
         ValueError: ``skew`` is not strictly between 0 and 1.
     """
-    _check_skew(skew)
+    _check_share("skew", skew)
     formula = partial(_skewed_forward, skew=skew)
     return _row_loss(formula, student_logits, teacher_logits, temperature, teacher_temperature)
 
@@ -118,7 +140,7 @@ def skewed_reverse_kl(
     Raises:
         ValueError: ``skew`` is not strictly between 0 and 1.
     """
-    _check_skew(skew)
+    _check_share("skew", skew)
     formula = partial(_skewed_reverse, skew=skew)
     return _row_loss(formula, student_logits, teacher_logits, temperature, teacher_temperature)
 
@@ -139,6 +161,16 @@ def adaptive_kl(
     KLs; here they act once.
     """
     return _row_loss(partial(_adaptive, alpha=alpha), student_logits, teacher_logits, temperature, teacher_temperature)
+
+
+def total_variation(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, teacher_temperature: float = 1.0
+) -> Tensor:
+    """Total variation distance of every row: half the sum of abs(p - q), between 0 and 1 and without a unit.
+
+    The gradient takes sign(0) as 0.
+    """
+    return _row_loss(_total_variation, student_logits, teacher_logits, temperature, teacher_temperature)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,14 +234,15 @@ def _reverse(log_p: Tensor, log_q: Tensor) -> _RowResult:
     return _RowResult(loss, _minus_row_share(terms, p, loss))
 
 
-def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> _RowResult:
+def _generalised_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> _RowResult:
     p, q = log_p.exp(), log_q.exp()
     log_ratio = log_p.sub_(log_q)
-    teacher_loss = _log_mixture_ratio(log_ratio, 0.5).mul_(q).sum(-1)
-    terms = _log_mixture_ratio(log_ratio.neg_(), 0.5).mul_(p).neg_()  # p log(p / m)
+    teacher_loss = _log_mixture_ratio(log_ratio, 1 - beta).mul_(q).sum(-1).neg_()
+    terms = _log_mixture_ratio(log_ratio.neg_(), beta).mul_(p).neg_()  # p log(p / m)
     student_loss = terms.sum(-1)
-    gradient = _minus_row_share(terms, p, student_loss).mul_(0.5)
-    return _RowResult((student_loss - teacher_loss).mul_(0.5), gradient)
+    # The derivative by p is (1 - beta) (log(p / m) + 1 - m / m): the mixture's own part cancels.
+    gradient = _minus_row_share(terms, p, student_loss).mul_(1 - beta)
+    return _RowResult(beta * teacher_loss + (1 - beta) * student_loss, gradient)
 
 
 def _skewed_forward(log_p: Tensor, log_q: Tensor, skew: float) -> _RowResult:
@@ -242,6 +275,14 @@ def _adaptive(log_p: Tensor, log_q: Tensor, alpha: float) -> _RowResult:
     return _RowResult(torch.lerp(forward_loss, reverse_loss, tail_share), gradient)
 
 
+def _total_variation(log_p: Tensor, log_q: Tensor) -> _RowResult:
+    p, q = log_p.exp_(), log_q.exp_()
+    difference = p - q
+    loss = difference.abs().sum(-1).mul_(0.5)
+    terms = difference.sign_().mul_(p).mul_(0.5)
+    return _RowResult(loss, _minus_row_share(terms, p, terms.sum(-1)))
+
+
 def _tail_share(p: Tensor, q: Tensor, alpha: float) -> Tensor:
     """Share ``[N]`` of |q - p| that lies in the teacher's tail; 0 where both rows are equal."""
     sorted_q, order = q.sort(dim=-1)
@@ -269,8 +310,8 @@ def _minus_row_share(terms: Tensor, p: Tensor, row_sum: Tensor) -> Tensor:
     return terms.addcmul_(p, row_sum.unsqueeze(-1), value=-1)
 
 
-def _check_skew(skew: float) -> None:
-    if not 0 < skew < 1:
+def _check_share(name: str, share: float) -> None:
+    if not 0 < share < 1:
         raise ValueError(
-            f"skew must lie strictly between 0 and 1, not {skew}; use the plain forward or reverse KL for 0"
+            f"{name} must lie strictly between 0 and 1, not {share}; use the plain forward or reverse KL for the limits"
         )
