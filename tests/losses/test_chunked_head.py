@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vocabridge.losses import chunked_head
-from vocabridge.losses.chunked_head import HeadInput, chunked_head_loss, head_logits, token_log_probs
+from vocabridge.losses.chunked_head import HeadInput, chunked_head_loss, head_logits, head_rows, token_log_probs
 from vocabridge.losses.divergences import forward_kl
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -260,7 +260,7 @@ def test_one_head_shared_by_several_inputs(mode):
 def test_a_shared_head_has_one_gradient_buffer():
     weight = leaf(13, H_S, seed=2)
     inputs = [HeadInput(leaf(N, H_S, seed=1), weight), HeadInput(leaf(N, H_S, seed=7), weight)]
-    gradients = chunked_head._Gradients(inputs)
+    gradients = chunked_head._Gradients(inputs, [])
     assert [tuple(tensor.shape) for tensor in gradients.tensors] == [(N, H_S), (13, H_S), (N, H_S)]
 
 
@@ -439,17 +439,43 @@ class TestTrainedParametersInsideTheRowLoss:
             torch.testing.assert_close(gradient, reference)
 
 
-def test_rows_with_a_gradient_need_checkpoint():
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_get_their_gradient(mode):
     case = Case()
     case.row_weights.requires_grad_()
-    with pytest.raises(AssertionError, match="checkpoint"):
-        chunked_head_loss(case.row_losses, case.inputs, case.rows, weights=[1.0, 1.0])
     sums, _ = case.naive()
-    (expected,) = torch.autograd.grad(sums[0], case.row_weights)
-    out = chunked_head_loss(
-        case.row_losses, case.inputs, case.rows, weights=[1.0, 1.0], mode="checkpoint", chunk_bytes=1
+    leaves = [*case.leaves, case.row_weights]
+    expected = torch.autograd.grad(sums[0] + 2.0 * sums[1], leaves)
+    out = chunked_head_loss(case.row_losses, case.inputs, case.rows, weights=[1.0, 2.0], mode=mode, chunk_bytes=1)
+    for gradient, reference in zip(torch.autograd.grad(out.total, leaves), expected, strict=True):
+        torch.testing.assert_close(gradient, reference)
+
+
+@pytest.mark.parametrize("rows_per_chunk", CHUNKS)
+def test_head_rows(rows_per_chunk):
+    """Per-row numbers joined over rows afterwards, which a sum of row losses cannot express."""
+    case = Case()
+    case.row_weights.requires_grad_()
+    budget = chunk_bytes(case.inputs, rows_per_chunk)
+
+    def numbers(logits, rows):
+        picked = logits[0].log_softmax(-1).gather(-1, rows[0][:, None]).squeeze(-1)
+        return torch.stack([picked * rows[1], logits[1].logsumexp(-1)], dim=-1)
+
+    result = head_rows(numbers, case.inputs, case.rows, chunk_bytes=budget)
+    sums, _ = case.naive()
+    torch.testing.assert_close(result[:, 0].sum(), -sums[0])
+    whole = numbers(
+        [head_logits(i.hidden, i.weight, i.bias, soft_cap=i.soft_cap, logit_scale=i.logit_scale) for i in case.inputs],
+        case.rows,
     )
-    torch.testing.assert_close(torch.autograd.grad(out.total, case.row_weights)[0], expected)
+    leaves = [*case.leaves, case.row_weights]
+    expected = torch.autograd.grad(whole[:, 0].cumsum(0).square().sum(), leaves)
+    for got, want in zip(torch.autograd.grad(result[:, 0].cumsum(0).square().sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    with torch.no_grad(), NewTensors() as probe:
+        assert not head_rows(numbers, case.inputs, case.rows, chunk_bytes=budget).requires_grad
+    assert max(probe.sizes) <= max(17 * min(rows_per_chunk, N), 17 * H_T, N * H_T)
 
 
 def test_a_loss_that_is_not_per_row_is_refused():

@@ -7,11 +7,13 @@ A distillation loss on full logits holds about six ``[N, V]`` tensors in float32
 :func:`chunked_head_loss` walks over chunks of rows instead and knows two forms with the same result:
 
 * ``one_pass`` computes loss *and* gradient inside the forward loop, so no logits are kept and no head is applied twice.
-  Kept until the backward pass: one ``[N, H]`` gradient per hidden input and one ``[V, H]`` gradient per trained head,
-  accumulated in float32. The row losses must own no trained parameter: it would silently get no gradient, so it is
-  refused.
+  Kept until the backward pass: one ``[N, H]`` gradient per hidden input, one ``[V, H]`` gradient per trained head,
+  accumulated in float32, and one per row tensor with a gradient. The row losses must own no trained parameter: it would
+  silently get no gradient, so it is refused.
 * ``checkpoint`` recomputes each chunk in the backward pass. General, at the price of applying every head twice and of
   summing the head's gradient over chunks in the head's own dtype.
+
+:func:`head_rows` gives per-row numbers instead of a sum, for losses that join rows (a chunk's log-likelihood).
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ RowLosses = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[list[Tensor
 
 Each row's loss depends on that row only and is independent of the chunk it is in. Metrics carry no gradient.
 """
+
+RowFunction = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], Tensor]
+"""``(logits [n, V_i] of every input, rows [n, ...]) -> [n, ...]``, each row from that row only."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,25 +109,59 @@ def chunked_head_loss(
     Args:
         row_losses: see :data:`RowLosses`. It runs with autocast off and, in ``checkpoint`` mode, twice per chunk.
         inputs: hidden states with their heads, all of N rows; row_losses gets their logits in this order.
-        rows: further tensors of N rows, cut the same way; without gradient in ``one_pass`` mode.
+        rows: further tensors of N rows, cut the same way; those that require a gradient get it.
         weights: factor of each loss in ``total``; a loss of weight 0 is only reported.
         chunk_bytes: bound on the logits-sized tensors of one chunk, all inputs together.
-        mode: ``one_pass``, or ``checkpoint`` where row_losses reads trained parameters or rows with a gradient.
+        mode: ``one_pass``, or ``checkpoint`` where row_losses reads trained parameters.
 
     Returns:
         Sums in float32 (float64 if the inputs are). With zero rows they are 0 and gradients are zeros.
 
     Raises:
-        RuntimeError: in ``one_pass`` mode the loss depends on something trained other than the inputs.
+        RuntimeError: in ``one_pass`` mode the loss depends on something trained other than inputs and rows.
     """
+    chunks = _row_chunks(inputs, rows, chunk_bytes)
+    if mode == "checkpoint":
+        return _checkpointed(row_losses, inputs, rows, weights, chunks)
+    return _one_pass(row_losses, inputs, rows, weights, chunks)
+
+
+def head_rows(
+    row_function: RowFunction,
+    inputs: Sequence[HeadInput],
+    rows: Sequence[Tensor] = (),
+    *,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> Tensor:
+    """Numbers of every row, differentiable, without holding all logits; each chunk is computed again in the backward.
+
+    Args:
+        row_function: see :data:`RowFunction`; runs with autocast off, and twice per chunk when there is a gradient.
+        inputs: hidden states with their heads, all of N rows.
+        rows: further tensors of N rows, cut the same way.
+        chunk_bytes: bound on the logits-sized tensors of one chunk, all inputs together.
+
+    Returns:
+        ``[N, ...]`` in the function's dtype.
+    """
+    operands = _cast_once(inputs)
+
+    def of_chunk(chunk: slice) -> Tensor:
+        logits = tuple(_chunk_logits(operand, chunk) for operand in operands)
+        with torch.autocast(logits[0].device.type, enabled=False):
+            return row_function(logits, tuple(row[chunk] for row in rows))
+
+    chunks = _row_chunks(inputs, rows, chunk_bytes)
+    if not torch.is_grad_enabled():
+        return torch.cat([of_chunk(chunk) for chunk in chunks])
+    return torch.cat([checkpoint(of_chunk, chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _row_chunks(inputs: Sequence[HeadInput], rows: Sequence[Tensor], chunk_bytes: int) -> list[slice]:
     num_rows = inputs[0].hidden.shape[0]
     assert all(len(item.hidden) == num_rows for item in inputs), [len(item.hidden) for item in inputs]
     assert all(len(row) == num_rows for row in rows), (num_rows, [len(row) for row in rows])
-    chunks = _chunks(num_rows, chunk_bytes // _bytes_per_row(inputs))
-    if mode == "checkpoint":
-        return _checkpointed(row_losses, inputs, rows, weights, chunks)
-    assert not any(row.requires_grad for row in rows), 'rows that require grad need mode="checkpoint"'
-    return _one_pass(row_losses, inputs, rows, weights, chunks)
+    return _chunks(num_rows, chunk_bytes // _bytes_per_row(inputs))
 
 
 @torch.no_grad()
@@ -143,7 +182,7 @@ def _one_pass(
     weights: Sequence[float],
     chunks: Sequence[slice],
 ) -> ChunkedLoss:
-    gradients = _Gradients(inputs) if torch.is_grad_enabled() else None
+    gradients = _Gradients(inputs, rows) if torch.is_grad_enabled() else None
     sums: list[_Sums] = []
     with torch.no_grad():
         operands = _cast_once(inputs)
@@ -166,20 +205,26 @@ def _one_pass_chunk(
 ) -> _Sums:
     """Losses of one chunk; adds their gradient to ``gradients``. Its logits die with the call."""
     logits = tuple(_chunk_logits(operand, chunk) for operand in operands)
+    parts = tuple(row[chunk].detach() for row in rows)
     if gradients is None:
-        return _chunk_sums(row_losses, logits, rows, chunk)
+        return _chunk_sums(row_losses, logits, parts)
     trained = [i for i in range(len(operands)) if gradients.wants(i)]
-    for i in trained:
-        logits[i].requires_grad_()
+    trained_rows = [i for i, row in enumerate(rows) if row.requires_grad]
+    leaves = [*(logits[i] for i in trained), *(parts[i] for i in trained_rows)]
+    for leaf in leaves:
+        leaf.requires_grad_()
     with torch.enable_grad():
-        sums = _chunk_sums(row_losses, logits, rows, chunk)
+        sums = _chunk_sums(row_losses, logits, parts)
         loss = _weighted_total(sums.losses, weights)
     if loss.requires_grad:
-        _refuse_other_leaves(loss, logits)
-        by_logits = torch.autograd.grad(loss, [logits[i] for i in trained], allow_unused=True)
-        for i, gradient in zip(trained, by_logits, strict=True):
+        _refuse_other_leaves(loss, leaves)
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        for i, gradient in zip(trained, found[: len(trained)], strict=True):
             if gradient is not None:
                 gradients.add(i, operands[i], chunk, _through_cap_and_scale(gradient, logits[i].detach(), operands[i]))
+        for i, gradient in zip(trained_rows, found[len(trained) :], strict=True):
+            if gradient is not None:
+                gradients.add_row(rows[i], chunk, gradient)
     return _Sums(sums.losses.detach(), sums.metrics)
 
 
@@ -194,7 +239,7 @@ def _checkpointed(
 
     def sums_of(chunk: slice) -> _Sums:
         logits = tuple(_chunk_logits(operand, chunk) for operand in operands)
-        return _chunk_sums(row_losses, logits, rows, chunk)
+        return _chunk_sums(row_losses, logits, tuple(row[chunk] for row in rows))
 
     return _add_up([checkpoint(sums_of, chunk, use_reentrant=False) for chunk in chunks], weights)
 
@@ -206,9 +251,9 @@ class _Sums(NamedTuple):  # a tuple, because checkpoint() looks for tensors in t
     """``[M]``, detached"""
 
 
-def _chunk_sums(row_losses: RowLosses, logits: tuple[Tensor, ...], rows: Sequence[Tensor], chunk: slice) -> _Sums:
+def _chunk_sums(row_losses: RowLosses, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> _Sums:
     with torch.autocast(logits[0].device.type, enabled=False):
-        losses, metrics = row_losses(logits, tuple(row[chunk] for row in rows))
+        losses, metrics = row_losses(logits, rows)
         shape = logits[0].shape[:1]
         assert all(term.shape == shape for term in (*losses, *metrics)), "a row loss or metric is not [n]"
         metric_sums = [metric.detach().sum().to(logits[0].dtype) for metric in metrics]
@@ -230,9 +275,9 @@ def _weighted_total(sums: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 class _Gradients:
-    """One gradient buffer per distinct trained tensor among the inputs."""
+    """One gradient buffer per distinct trained tensor among inputs and rows."""
 
-    def __init__(self, inputs: Sequence[HeadInput]) -> None:
+    def __init__(self, inputs: Sequence[HeadInput], rows: Sequence[Tensor]) -> None:
         self.tensors: list[Tensor] = []
         self._buffers: dict[int, Tensor] = {}
         self._inputs = inputs
@@ -241,6 +286,8 @@ class _Gradients:
             for parameter in (item.weight, item.bias) if item.train_head else ():
                 if parameter is not None:
                     self._track(parameter, _accumulation_dtype(parameter.dtype))
+        for row in rows:
+            self._track(row, row.dtype)
 
     def _track(self, tensor: Tensor, dtype: torch.dtype) -> None:
         if tensor.requires_grad and id(tensor) not in self._buffers:
@@ -273,6 +320,10 @@ class _Gradients:
         if bias_buffer is not None:
             bias_buffer += gradient.sum(0)
 
+    def add_row(self, row: Tensor, chunk: slice, gradient: Tensor) -> None:
+        """Add the gradient of one chunk of a row tensor, which may be given twice."""
+        self._buffers[id(row)][chunk] += gradient
+
     def finished(self) -> list[Tensor]:
         """The gradients of ``tensors``, each in its tensor's dtype."""
         return [self._buffers[id(tensor)].to(tensor.dtype) for tensor in self.tensors]
@@ -293,9 +344,9 @@ class _AttachGradients(torch.autograd.Function):
         return (None, None, *(gradient * upstream for gradient in ctx.saved_tensors))
 
 
-def _refuse_other_leaves(loss: Tensor, logits: Sequence[Tensor]) -> None:
-    """Raise if ``loss`` depends on a tensor with gradient other than ``logits``."""
-    own = {id(item) for item in logits}
+def _refuse_other_leaves(loss: Tensor, allowed: Sequence[Tensor]) -> None:
+    """Raise if ``loss`` depends on a tensor with gradient other than the ``allowed`` leaves."""
+    own = {id(item) for item in allowed}
     pending, seen = [loss.grad_fn], set()
     while pending:
         node = pending.pop()
