@@ -8,7 +8,7 @@ from pydantic import Field
 
 from vocabridge.settings import Settings
 
-Matching = Literal["none", "gan", "mmd"]
+Matching = Literal["none", "gan", "conditional_transport", "sinkhorn", "energy", "mmd", "coral"]
 
 
 class GanConfig(Settings):
@@ -29,3 +29,37 @@ class GanConfig(Settings):
     """Weight of the discriminator's squared gradient norm at the keys (Mescheder et al. 2018, arXiv 1801.04406)."""
     spectral_norm: bool = False
     """Spectral normalisation of the discriminator's linear layers (Miyato et al. 2018, arXiv 1802.05957)."""
+
+
+class TransportConfig(Settings):
+    """The two kinds that transport queries to keys; each field belongs to one of them."""
+
+    hidden_size: int = Field(256, gt=0)
+    """With ``conditional_transport``: width of the hidden layer of critic and navigator."""
+    output_size: int = Field(128, gt=1)
+    """With ``conditional_transport``: features in which the critic measures cost and the navigator affinity."""
+    regularization: float = Field(0.05, gt=0)
+    """With ``sinkhorn``: entropic regularisation as a share of an example's mean squared query-key distance."""
+    iterations: int = Field(50, ge=1)
+    """With ``sinkhorn``: updates of the dual potentials."""
+
+
+def check_matching_settings(matching: Matching, *, gan: GanConfig, transport: TransportConfig) -> None:
+    """Refuses settings of a kind of matching that is not the chosen one.
+
+    Raises:
+        ValueError: names the settings that would have no effect.
+    """
+    if matching != "gan" and gan != GanConfig():
+        raise ValueError(f"gan settings have no effect with matching '{matching}'; leave them out")
+    readers = {
+        "hidden_size": "conditional_transport",
+        "output_size": "conditional_transport",
+        "regularization": "sinkhorn",
+        "iterations": "sinkhorn",
+    }
+    changed = transport.model_dump(exclude_defaults=True)
+    if ignored := [name for name in changed if readers[name] != matching]:
+        raise ValueError(
+            f"transport settings {', '.join(ignored)} have no effect with matching '{matching}'; leave them out"
+        )

@@ -6,14 +6,23 @@ from torch import Tensor, nn
 
 from vocabridge.losses.distances import mmd_squared
 from vocabridge.losses.terms import LossTerm, Ratio
-from vocabridge.matching.config import GanConfig, Matching
+from vocabridge.matching.config import GanConfig, Matching, TransportConfig
 from vocabridge.matching.gan import GanMatching
 
 
 class MatchingTerm(nn.Module):
     """Loss terms that pull the queries to the keys; owns the discriminator when there is one."""
 
-    def __init__(self, kind: Matching, num_features: int, *, weight: float, warmup_steps: int, gan: GanConfig):
+    def __init__(
+        self,
+        kind: Matching,
+        num_features: int,
+        *,
+        weight: float,
+        warmup_steps: int,
+        gan: GanConfig,
+        transport: TransportConfig = TransportConfig(),  # noqa: B008 (frozen)
+    ):
         super().__init__()
         self.kind = kind
         self._full_weight = weight
