@@ -1,13 +1,11 @@
 """What holds for every objective in the folder, whoever wrote it."""
 
-import functools
-import importlib
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiny_pair import ROWS, student_model, teacher_model
+from vocabridge.losses import chunked_head
 from vocabridge.models.forward import forward_side, teacher_side
 from vocabridge.models.heads import output_head
 from vocabridge.objectives import objective_class, objective_info, objective_names
@@ -133,14 +131,14 @@ def test_padding_does_not_matter(world):
     assert_same(expected, world.gradients(world.batch(pad_to_multiple_of=64)))
 
 
-def test_chunk_size_does_not_matter(world, name, monkeypatch):
+def test_chunk_size_does_not_matter(world, monkeypatch):
     expected = world.gradients(world.batch())
-    shrink_chunks(name, monkeypatch)
+    shrink_chunks(monkeypatch)
     assert_same(expected, world.gradients(world.batch()))
 
 
-def test_no_logits_of_all_tokens_are_alive(world, name, monkeypatch):
-    shrink_chunks(name, monkeypatch)
+def test_no_logits_of_all_tokens_are_alive(world, monkeypatch):
+    shrink_chunks(monkeypatch)
     batch = world.batch(world.pairs * 3)
     num_tokens = int((batch["labels"] != -100).sum())
     smallest_vocabulary = min(len(world.student.get_input_embeddings().weight), 700)
@@ -182,11 +180,10 @@ def test_nothing_is_learned_from_evaluation(world):
         assert not world.loss(world.batch()).requires_grad
 
 
-def shrink_chunks(name, monkeypatch):
-    """Make every chunked head of this objective work on one row at a time."""
-    module = importlib.import_module(f"vocabridge.objectives.{name}")
-    if hasattr(module, "chunked_head_loss"):
-        monkeypatch.setattr(module, "chunked_head_loss", functools.partial(module.chunked_head_loss, chunk_bytes=1))
+def shrink_chunks(monkeypatch):
+    """Make every chunked head work on one row at a time."""
+    chunks = chunked_head._chunks
+    monkeypatch.setattr(chunked_head, "_chunks", lambda num_rows, max_rows: chunks(num_rows, 1))
 
 
 class LargestTensor(TorchDispatchMode):

@@ -24,53 +24,35 @@ What we do differently, and why:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from vocabridge.alignment import shared_vocabulary
 from vocabridge.errors import UserError
-from vocabridge.losses.chunked_head import chunked_head_loss
-from vocabridge.losses.cross_attention import Padding, attention_weights, scalar_std
+from vocabridge.losses.cross_attention import Padding, attention_weights
 from vocabridge.losses.distances import distribution_report
-from vocabridge.losses.divergences import divergence, forward_kl
 from vocabridge.losses.procrustes import orthogonal_map, unit_centred
 from vocabridge.matching.config import GanConfig, Matching
 from vocabridge.matching.gradient_meter import GradientMeter
 from vocabridge.matching.term import MatchingTerm
 from vocabridge.models.forward import SideForward, SupervisedTokens, supervised_tokens
-from vocabridge.objectives.base import (
-    ForwardPair,
-    LossTerm,
-    Objective,
-    ObjectiveSetup,
-    Ratio,
-    head_input,
-    require_teacher,
-)
-from vocabridge.objectives.config import Divergence, ObjectiveConfig
+from vocabridge.objectives._dual_space import DualSpace, embed, scaled, teacher_values
+from vocabridge.objectives.base import ForwardPair, LossTerm, ObjectiveSetup, Ratio, require_teacher
+from vocabridge.objectives.config import DivergenceConfig
 from vocabridge.pairs import PairBatch
 
 
-class Config(ObjectiveConfig):
+class Config(DivergenceConfig):
     """Settings of DSKD-CMA; the paper's values except for the query start."""
 
     paper: ClassVar[str] = "DSKD-CMA-GA, ICASSP 2026, arXiv 2603.22056 (DSKD: arXiv 2406.17328)"
     needs: ClassVar[tuple[str, ...]] = ("teacher", "tokenizers")
     use_when: ClassVar[str] = "the tokenizers differ and the whole teacher distribution should reach the student"
 
-    kd_weight: float = Field(0.5, ge=0, le=1)
-    """Share of the distillation terms; the rest goes to cross-entropy on the reference."""
-    divergence: Divergence = "forward"
-    """Between the student's own distribution and the projected teacher's, in the student's space."""
-    temperature: float = Field(2.0, gt=0)
-    """Of every divergence; cross-entropies run at 1."""
-    skew: float = Field(0.1, ge=0, lt=1)
-    adaptive_alpha: float = Field(0.5, gt=0, lt=1)
     value: Literal["hidden_and_label", "hidden"] = "hidden_and_label"
     """What the teacher's values hold; ``hidden`` leaves out the embedding of its label, so that it cannot be copied."""
     query_start: Literal["random", "closed_form"] = "closed_form"
@@ -108,7 +90,7 @@ class _Attention:
     teacher: Padding
 
 
-class DskdCma(Objective):
+class DskdCma(DualSpace):
     """Cross-model attention in both directions, with an optional key-query matching term."""
 
     config: Config
@@ -120,8 +102,6 @@ class DskdCma(Objective):
         assert setup.teacher_hidden_size is not None
         student_size, teacher_size = setup.student_hidden_size, setup.teacher_hidden_size
         self.query_projector = nn.Linear(2 * student_size, 2 * teacher_size)
-        self.teacher_to_student = nn.Linear(teacher_size, student_size)
-        self.student_to_teacher = nn.Linear(student_size, teacher_size)
         self.closed_form = config.query_start == "closed_form"
         self.score_scale = config.score_scale or (20.0 if self.closed_form else (2 * teacher_size) ** -0.5)
         if self.closed_form:
@@ -136,9 +116,6 @@ class DskdCma(Objective):
             gan=config.gan,
         )
         self.meter = GradientMeter()
-        self._divergence = divergence(
-            config.divergence, skew=config.skew, adaptive_alpha=config.adaptive_alpha, temperature=config.temperature
-        )
 
     @torch.no_grad()
     def _start_closed_form(self, setup: ObjectiveSetup) -> None:
@@ -150,8 +127,8 @@ class DskdCma(Objective):
                 "objective dskd_cma: the two vocabularies share no token, so query_start 'closed_form' has nothing to "
                 "fit; use query_start: random."
             )
-        student = _embed(setup.student_embedding, torch.as_tensor(shared.student_ids))
-        teacher = _embed(setup.teacher_embedding, torch.as_tensor(shared.teacher_ids))
+        student = embed(setup.student_embedding, torch.as_tensor(shared.student_ids))
+        teacher = embed(setup.teacher_embedding, torch.as_tensor(shared.teacher_ids))
         self.student_center.copy_(student.mean(0))
         self.teacher_center.copy_(teacher.mean(0))
         rotation = orthogonal_map(
@@ -255,14 +232,11 @@ class DskdCma(Objective):
         )
 
     def _scaled(self, values: Tensor, rows: Tensor, num_examples: int) -> Tensor:
-        std = scalar_std(values, rows if self.config.statistics == "example" else None, num_examples)
-        return values / std.clamp(min=1e-6).to(values.dtype)
+        return scaled(values, rows, num_examples, statistics=self.config.statistics)
 
     def _values(self, teacher: SideForward, num_examples: int) -> Tensor:
-        values = self._scaled(teacher.hidden_states, teacher.rows, num_examples)
-        if self.config.value == "hidden_and_label":
-            labels = _embed(teacher.embedding, teacher.labels).to(values.dtype)
-            values = values + self._scaled(labels, teacher.rows, num_examples)
+        settings = self.config
+        values = teacher_values(teacher, num_examples, statistics=settings.statistics, value=settings.value)
         return self.teacher_to_student(values.to(self.teacher_to_student.weight.dtype))
 
     def _student_space(
@@ -270,66 +244,19 @@ class DskdCma(Objective):
     ) -> LossTerm:
         values = attention.teacher.pad(self._values(teacher, batch["input_ids"].shape[0]))
         projected = attention.student.pack(attention.to_student.to(values.dtype) @ values)
-        hidden = student.hidden_states
-        share = self.config.kd_weight
-        result = chunked_head_loss(
-            self._student_rows,
-            [head_input(student), head_input(student, projected.to(hidden.dtype), train_head=False)],
-            [student.labels],
-            weights=[1 - share, share, share],
-        )
-        count = student.labels.shape[0]
-        names = ["cross_entropy", "t2s_cross_entropy", "t2s_divergence"]
-        metrics = {name: Ratio(value, count) for name, value in zip(names, result.sums, strict=True)}
-        accuracies = zip(["student_accuracy", "t2s_accuracy"], result.metrics, strict=True)
-        metrics |= {name: Ratio(value, count) for name, value in accuracies}
-        return LossTerm(result.total, count, metrics=metrics | _location_metrics(attention, batch))
-
-    def _student_rows(self, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        (own, projected), (labels,) = logits, rows
-        right = projected.detach().argmax(-1) == labels
-        losses = [
-            cross_entropy(own, labels, reduction="none"),
-            cross_entropy(projected, labels, reduction="none"),
-            self._divergence(own, projected.detach()) * right,
-        ]
-        return losses, [(own.detach().argmax(-1) == labels).float(), right.float()]
+        term = self.losses.student_space(student, projected, torch.ones_like(student.labels, dtype=torch.bool))
+        return replace(term, metrics={**term.metrics, **_location_metrics(attention, batch)})
 
     def _teacher_space(self, student: SideForward, teacher: SideForward, attention: _Attention) -> LossTerm:
         hidden = student.hidden_states.to(self.student_to_teacher.weight.dtype)
         values = attention.student.pad(self.student_to_teacher(hidden))
         projected = attention.teacher.pack(attention.to_teacher.to(values.dtype) @ values)
-        result = chunked_head_loss(
-            self._teacher_rows,
-            [head_input(teacher, projected.to(teacher.hidden_states.dtype), train_head=False), head_input(teacher)],
-            [teacher.labels],
-            weights=[self.config.kd_weight],
-        )
-        # Summed over teacher positions but divided by student positions, as published: the weight between the two
-        # spaces then follows the lengths of the two tokenizations.
-        count = student.labels.shape[0]
-        metrics = {
-            "s2t_divergence": Ratio(result.sums[0], count),
-            "s2t_accuracy": Ratio(result.metrics[0], teacher.labels.shape[0]),
-        }
-        return LossTerm(result.total, count, metrics=metrics)
-
-    def _teacher_rows(self, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        (projected, own), (labels,) = logits, rows
-        loss = forward_kl(projected, own, temperature=self.config.temperature)
-        return [loss], [(projected.detach().argmax(-1) == labels).float()]
-
-
-@torch.no_grad()
-def _embed(embedding: nn.Module, ids: Tensor) -> Tensor:
-    """Input embeddings as the model sees them (scaled where the model scales them), as constants."""
-    weight = next(embedding.parameters())
-    vectors = embedding(ids.to(weight.device))
-    return vectors if vectors.dtype == torch.float64 else vectors.float()
+        covered = torch.ones_like(teacher.labels, dtype=torch.bool)
+        return self.losses.teacher_space(teacher, projected, covered, num_student_tokens=student.labels.shape[0])
 
 
 def _token_pairs(tokens: SupervisedTokens, embedding: nn.Module, center: Tensor | None) -> Tensor:
-    parts = [_embed(embedding, tokens.input_ids), _embed(embedding, tokens.labels)]
+    parts = [embed(embedding, tokens.input_ids), embed(embedding, tokens.labels)]
     if center is not None:
         parts = [unit_centred(part, center.to(part.dtype)) for part in parts]
     return torch.cat(parts, dim=-1)
