@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,13 @@ sys.path.append(str(Path(__file__).parent))  # importlib mode leaves the path al
 
 import real_tokenizers
 import tokenizer_zoo
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_traces_in_the_users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VOCABRIDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ ranges of two tokenizers that cover the same bytes; `token_bytes` and `shared_vo
 """
 
 from vocabridge.alignment.chunks import chunk_ids
+from vocabridge.alignment.nearest_tokens import inverse_nearest_tokens, nearest_tokens
 from vocabridge.alignment.spans import EncodedText, byte_spans, encode_continuation
 from vocabridge.alignment.tokenizer_file import check_tokenizer_file
 from vocabridge.alignment.vocabulary import SharedVocabulary, shared_vocabulary, token_bytes
@@ -17,6 +18,8 @@ __all__ = [
     "check_tokenizer_file",
     "chunk_ids",
     "encode_continuation",
+    "inverse_nearest_tokens",
+    "nearest_tokens",
     "shared_vocabulary",
     "token_bytes",
 ]

@@ -58,14 +58,15 @@ def shared_vocabulary(
     Raises:
         UserError: A tokenizer is not covered.
     """
-    student = _first_id_by_bytes(prepare(student_tokenizer, check_size=True))
-    teacher = _first_id_by_bytes(prepare(teacher_tokenizer, check_size=True))
+    student = first_id_by_bytes(prepare(student_tokenizer, check_size=True))
+    teacher = first_id_by_bytes(prepare(teacher_tokenizer, check_size=True))
     pairs = sorted((student_id, teacher[piece]) for piece, student_id in student.items() if piece in teacher)
     ids = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     return SharedVocabulary(ids[:, 0].copy(), ids[:, 1].copy())
 
 
-def _first_id_by_bytes(prepared: PreparedTokenizer) -> dict[bytes, int]:
+def first_id_by_bytes(prepared: PreparedTokenizer) -> dict[bytes, int]:
+    """The preferred id of each byte string, by the rules of `shared_vocabulary`."""
     data = prepared.table.text_bytes()
     fallback = sorted(prepared.table.fallback_ids)
     ordinary = [token_id for token_id in range(len(data)) if token_id not in prepared.table.fallback_ids]

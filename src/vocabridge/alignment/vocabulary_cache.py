@@ -1,0 +1,89 @@
+"""Arrays computed from two vocabularies, kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from platformdirs import user_cache_path
+
+from vocabridge.alignment.prepared import PreparedTokenizer
+
+logger = logging.getLogger(__name__)
+
+FOLDER_VARIABLE = "VOCABRIDGE_CACHE"
+"""Environment variable that names another folder than the platform's usual one."""
+
+Arrays = dict[str, np.ndarray]
+
+
+def cache_folder() -> Path:
+    """Where arrays are kept: ``$VOCABRIDGE_CACHE``, else the platform's folder (Linux: ``~/.cache/vocabridge``)."""
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    return Path(chosen) if chosen else user_cache_path("vocabridge", appauthor=False)
+
+
+def fingerprint(prepared: PreparedTokenizer, *parts: object) -> str:
+    """A name for one vocabulary, equal only where the bytes and kinds of all ids are equal.
+
+    Args:
+        prepared: the tokenizer.
+        parts: what else the cached arrays depend on; told apart by its ``repr``.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    table = prepared.table
+    lengths = np.array([-1 if piece is None else len(piece) for piece in table.data], dtype=np.int64)
+    digest.update(lengths.tobytes() + b"".join(piece or b"" for piece in table.data))
+    digest.update(repr((sorted(table.control_ids), sorted(table.fallback_ids), table.unknown_id, parts)).encode())
+    return digest.hexdigest()
+
+
+def cached(name: str, build: Callable[[], Arrays]) -> Arrays:
+    """The arrays kept under ``name``, or those that ``build`` makes, which are then kept.
+
+    A file that cannot be read back is made anew (the format carries checksums); a folder that cannot be written to
+    costs a warning, not the run.
+    """
+    path = cache_folder() / f"{name}.npz"
+    arrays = _read(path)
+    if arrays is None:
+        arrays = build()
+        _write(path, arrays)
+    return arrays
+
+
+def _read(path: Path) -> Arrays | None:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        logger.warning("%s is damaged (%s) and is computed again.", path, error)
+        return None
+
+
+def _write(path: Path, arrays: Arrays) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+            os.replace(scratch, path)
+        except BaseException:
+            os.unlink(scratch)
+            raise
+    except OSError as error:
+        logger.warning(
+            "%s cannot be written (%s), so it is computed again next time; set %s to a folder that can.",
+            path,
+            error,
+            FOLDER_VARIABLE,
+        )
