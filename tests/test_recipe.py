@@ -76,7 +76,7 @@ def test_smallest_recipe_has_the_documented_defaults() -> None:
     assert recipe.data.max_length == 512
     assert recipe.teacher is not None
     assert recipe.teacher.model == "org/teacher"
-    assert recipe.objective.config.temperature == 2.0
+    assert recipe.objective.terms[0].config.temperature == 2.0
     assert recipe.evaluation is not None
     assert recipe.evaluation.seeds == (10, 20, 30, 40, 50)
     assert set(recipe.training.arguments()) == set(OwnTrainingSettings.model_fields)
@@ -94,7 +94,23 @@ def test_own_learning_rate_and_objective_setting_in_scientific_notation(written:
     text = with_lines(DISTIL, "training", f"projector_learning_rate: {written}")
     recipe = load_recipe(write(with_lines(text, "objective", f"temperature: {written}")))
     assert recipe.training.projector_learning_rate == 5e-4
-    assert recipe.objective.config.temperature == 5e-4
+    assert recipe.objective.terms[0].config.temperature == 5e-4
+
+
+def test_a_composition_reads_back_what_it_writes_and_is_overridden_by_place(tmp_path: Path) -> None:
+    text = DISTIL.replace(
+        "objective:\n  name: dskd_cma",
+        "objective:\n  terms:\n    - {name: cross_entropy, weight: 0.5}\n    - {name: dskd_cma, weight: 0.5}",
+    )
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    recipe = load_recipe(file, ["objective.terms.1.matching=none", "objective.terms.1.weight=2"])
+    assert recipe.objective.name == "cross_entropy + dskd_cma"
+    assert [term.weight for term in recipe.objective.terms] == [0.5, 2.0]
+    assert recipe.objective.terms[1].config.kd_weight == 1.0
+    assert recipe_from_values(recipe.values()) == recipe
+    with pytest.raises(UserError, match=r"objective\.terms is a list; name a place in it"):
+        load_recipe(file, ["objective.terms.name=uld"])
 
 
 def test_whole_number_in_scientific_notation() -> None:

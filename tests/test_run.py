@@ -79,7 +79,7 @@ def test_run_folder_holds_everything(recipe_file, tmp_path):
     text = tokenizer("Who jumps?\n", return_tensors="pt")
     assert model.generate(**text, max_new_tokens=3, do_sample=False).shape[1] > text["input_ids"].shape[1]
     again = load_recipe(run_dir / "recipe.yaml")
-    assert again.objective.config.gan.hidden_size == 16
+    assert again.objective.terms[0].config.gan.hidden_size == 16
     record = json.loads((run_dir / "run.json").read_text())
     assert record["packages"]["torch"] == torch.__version__
     assert record["seed"] == 42

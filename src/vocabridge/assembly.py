@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vocabridge.errors import UserError
+from vocabridge.models.capture import trunk_shape
 from vocabridge.models.heads import output_head
 from vocabridge.models.loading import (
     check_tokenizer_matches,
@@ -21,9 +21,11 @@ from vocabridge.models.loading import (
     vocabulary_size,
 )
 from vocabridge.models.spec import ModelSpec, Side
-from vocabridge.objectives import objective_class, objective_info
+from vocabridge.objectives import objective_class
+from vocabridge.objectives._composition import Composition, WeightedPart
 from vocabridge.objectives.base import Objective, ObjectiveSetup
 from vocabridge.pairs import PairDataset, PairTokenizer, StreamingPairs, TokenizedPair, tokenize_examples
+from vocabridge.recipe.objective import read_objective
 from vocabridge.text import Example, read_examples
 
 
@@ -62,11 +64,11 @@ def build_objective(
     """
     if isinstance(objective, Objective):
         return objective
-    settings = {"name": objective} if isinstance(objective, str) else dict(objective)
-    name = settings.pop("name")
-    config_class = objective_info(name).config_class
-    if "teacher" in config_class.needs and teacher is None:
-        raise UserError(f"objective '{name}' needs a teacher; give teacher=... or use cross_entropy.")
+    settings, problems = read_objective({"name": objective} if isinstance(objective, str) else objective)
+    if settings is None:
+        raise UserError("; ".join(f"{problem.key} {problem.text}" for problem in problems))
+    if "teacher" in settings.needs and teacher is None:
+        raise UserError(f"objective '{settings.name}' needs a teacher; give teacher=... or use cross_entropy.")
     student_embedding = student.get_input_embeddings()
     teacher_embedding = None if teacher is None else teacher.get_input_embeddings()
     setup = ObjectiveSetup(
@@ -80,13 +82,14 @@ def build_objective(
         if teacher is None or teacher_tokenizer is None
         else output_head(teacher, vocabulary_size(teacher_tokenizer)),
         teacher_tokenizer=teacher_tokenizer,
+        student_trunk=trunk_shape(student),
+        teacher_trunk=None if teacher is None else trunk_shape(teacher),
     )
-    try:
-        config = config_class.model_validate(settings)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise UserError(f"objective '{name}': {problems}.") from error
-    return objective_class(name)(config, setup)
+    parts = [objective_class(term.name)(term.config, setup) for term in settings.terms]
+    if not settings.is_composed:
+        return parts[0]
+    weighted = zip(settings.terms, parts, strict=True)
+    return Composition([WeightedPart(term.name, term.weight, part) for term, part in weighted])
 
 
 def _width(embedding: nn.Module) -> int:

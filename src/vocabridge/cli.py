@@ -239,5 +239,5 @@ def evaluate(
 
 
 def _note_unused(recipe: Recipe) -> None:
-    if recipe.teacher and "teacher" not in recipe.objective.config.needs:
+    if recipe.teacher and "teacher" not in recipe.objective.needs:
         print(f"note: objective '{recipe.objective.name}' does not use the teacher", file=sys.stderr)

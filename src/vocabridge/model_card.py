@@ -42,7 +42,7 @@ def write_model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["vocabridge", "knowledge-distillation", recipe.objective.name],
+        tags=["vocabridge", "knowledge-distillation", *(term.name for term in recipe.objective.terms)],
         model_name=run_dir.name,
     )
     loss = last_log.get("loss")

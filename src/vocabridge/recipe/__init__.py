@@ -4,7 +4,8 @@ Imports no torch, so that ``vocabridge validate`` answers at once.
 """
 
 from vocabridge.recipe.loading import load_recipe, recipe_from_values
-from vocabridge.recipe.schema import DataSettings, EvaluationSettings, ObjectiveSettings, Recipe
+from vocabridge.recipe.objective import ObjectiveSettings
+from vocabridge.recipe.schema import DataSettings, EvaluationSettings, Recipe
 from vocabridge.recipe.training import TrainingSettings
 
 __all__ = [

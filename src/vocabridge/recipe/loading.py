@@ -12,12 +12,11 @@ from pydantic import BaseModel, ValidationError
 
 from vocabridge.errors import UserError
 from vocabridge.models.spec import ModelSpec
-from vocabridge.objectives import objective_info, objective_names
 from vocabridge.recipe import yaml_text
+from vocabridge.recipe.objective import ObjectiveSettings, read_objective
 from vocabridge.recipe.problems import Problem, boolean_problems, unknown_key, validation_problems, without_echoes
-from vocabridge.recipe.schema import DataSettings, EvaluationSettings, ObjectiveSettings, Recipe, conflicts
+from vocabridge.recipe.schema import DataSettings, EvaluationSettings, Recipe, conflicts
 from vocabridge.recipe.training import TrainingSettings
-from vocabridge.suggest import did_you_mean
 
 _CLASSES: dict[str, type[BaseModel]] = {
     "data": DataSettings,
@@ -124,24 +123,8 @@ def _section(name: str, given: Any) -> tuple[Any, list[Problem]]:
     if not isinstance(given, Mapping):
         return None, [Problem((name,), "must be a section: indented 'key: value' lines below it.")]
     if name == "objective":
-        return _objective(given)
+        return read_objective(given)
     return _validated(_CLASSES[name], given, name)
-
-
-def _objective(given: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
-    name = given.get("name")
-    path = ("objective", "name")
-    if not isinstance(name, str):
-        return None, [Problem(path, f"is missing: give one of {', '.join(objective_names())}.")]
-    if "." not in name and name not in objective_names():
-        text = f"is '{name}', which is unknown{did_you_mean(name, objective_names()) or '.'}"
-        return None, [Problem(path, f"{text} Known: {', '.join(objective_names())}.")]
-    try:
-        config_class = objective_info(name).config_class
-    except UserError as error:
-        return None, [Problem(path, f"cannot be used: {error}")]
-    config, problems = _validated(config_class, {key: given[key] for key in given if key != "name"}, "objective")
-    return (None, problems) if problems else (ObjectiveSettings(name=name, config=config), [])
 
 
 def _validated(model: type[BaseModel], given: Mapping[str, Any], name: str) -> tuple[Any, list[Problem]]:
@@ -165,19 +148,26 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[st
             value = yaml_text.read_value(text)
         except UserError as error:
             raise UserError(f"command line: {dotted}: {error}") from error
-        _set(values, keys, value, override)
-        paths.add(tuple(keys))
+        paths.add(_set(values, keys, value, override))
     return values, frozenset(paths)
 
 
-def _set(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
-    *parents, last = keys
-    for depth, key in enumerate(parents):
-        values[key] = {} if values.get(key) is None else values[key]
-        values = values[key]
-        if not isinstance(values, dict):
-            raise UserError(f"command line: '{override}': {'.'.join(keys[: depth + 1])} is a value, it has no keys.")
-    values[last] = value
+def _set(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> yaml_text.Path:
+    """Set the value where the keys lead (a number is a place in a list), making sections on the way; gives the path."""
+    here: Any = values
+    path: yaml_text.Path = ()
+    for depth, key in enumerate(keys):
+        if isinstance(here, list) and key.isdecimal() and int(key) < len(here):
+            path = (*path, int(key))
+        elif isinstance(here, dict):
+            path = (*path, key)
+            here[key] = {} if here.get(key) is None else here[key]
+        else:
+            problem = "is a list; name a place in it" if isinstance(here, list) else "is a value, it has no keys"
+            raise UserError(f"command line: '{override}': {'.'.join(keys[:depth])} {problem}.")
+        parent, here = here, here[path[-1]]
+    parent[path[-1]] = value
+    return path
 
 
 def _make_absolute(values: Mapping[str, Any], folder: Path) -> None:

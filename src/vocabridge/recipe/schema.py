@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from vocabridge.errors import UserError
 from vocabridge.models.spec import ModelSpec, check_side
-from vocabridge.objectives.config import ObjectiveConfig
+from vocabridge.recipe.objective import ObjectiveSettings
 from vocabridge.recipe.training import TrainingSettings
 from vocabridge.recipe.yaml_text import dump
 from vocabridge.settings import Settings
@@ -39,17 +39,6 @@ class DataSettings(Settings):
     """Use only the first so many training examples."""
     streaming: bool = False
     """Read the training data while training instead of before; needs ``training.max_steps``."""
-
-
-class ObjectiveSettings(Settings):
-    """``{name: dskd_cma, ...its own settings}``; each objective's config class sits in its file."""
-
-    name: str
-    config: ObjectiveConfig
-
-    def values(self) -> dict[str, Any]:
-        """The section as a recipe writes it."""
-        return {"name": self.name, **self.config.model_dump(mode="json")}
 
 
 class EvaluationSettings(Settings):
@@ -125,7 +114,7 @@ def conflicts(sections: Mapping[str, Any]) -> list[Conflict]:
     data, student, teacher = sections.get("data"), sections.get("student"), sections.get("teacher")
     objective, training = sections.get("objective"), sections.get("training")
     found: list[Conflict] = []
-    if objective and "teacher" in sections and teacher is None and "teacher" in objective.config.needs:
+    if objective and "teacher" in sections and teacher is None and "teacher" in objective.needs:
         problem = f"'{objective.name}' needs a teacher, but the recipe has no 'teacher' section."
         found.append(Conflict("objective.name", problem))
     for side, model in (("student", student), ("teacher", teacher)):
