@@ -49,6 +49,18 @@ class ObjectiveSetup:
     teacher_embedding: nn.Module | None = None
     teacher_head: OutputHead | None = None
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    student_end_token_id: int | None = None
+    """The label that ends a response under the student's template; None: the tokenizer's EOS token."""
+    teacher_end_token_id: int | None = None
+
+    @property
+    def end_token_ids(self) -> tuple[int, int]:
+        """The end tokens of student and teacher, which pair by role whatever their spelling."""
+        assert self.teacher_tokenizer is not None
+        return (
+            _first_given(self.student_end_token_id, self.student_tokenizer.eos_token_id),
+            _first_given(self.teacher_end_token_id, self.teacher_tokenizer.eos_token_id),
+        )
 
 
 class Objective(nn.Module):
@@ -84,6 +96,10 @@ class Objective(nn.Module):
     def probe(self, batch: PairBatch, student_embedding: nn.Module, teacher_embedding: nn.Module) -> dict[str, float]:
         """Diagnostics on a fixed batch of token ids, without running either model (empty when there are none)."""
         return {}
+
+
+def _first_given(*token_ids: int | None) -> int:
+    return next(token_id for token_id in token_ids if token_id is not None)
 
 
 def require_teacher(pair: ForwardPair) -> SideForward:
