@@ -42,6 +42,7 @@ def paired_rows_loss(
     weights: Sequence[float],
     kd_weight: float,
     rows: Sequence[Tensor] = (),
+    projected: Sequence[HeadInput] = (),
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> PairedLoss:
     """Apply each head once: to all student positions, and to the teacher positions that are paired.
@@ -52,10 +53,11 @@ def paired_rows_loss(
         teacher: all M positions.
         student_index: ``[n]`` packed student position of each pair, each at most once.
         teacher_index: ``[n]`` packed teacher position of each pair; may repeat.
-        row_losses: ``(logits ([n, V_s], [n, V_t]), rows [n, ...])``; the teacher's logits are constants.
+        row_losses: ``(logits ([n, V_s], [n, V_t], ...), rows [n, ...])``; the teacher's logits are constants.
         weights: factor of each row loss within the distillation part.
         kd_weight: share of the distillation part.
         rows: further tensors over the n pairs.
+        projected: further hidden states of the n pairs with a head to read each; their logits follow the teacher's.
         chunk_bytes: see :func:`~vocabridge.losses.chunked_head.chunked_head_loss`.
 
     Returns:
@@ -78,7 +80,7 @@ def paired_rows_loss(
     )
     paired = chunked_head_loss(
         both_rows,
-        [_at(student, student_index), replace(_at(teacher, teacher_index), train_head=False)],
+        [_at(student, student_index), replace(_at(teacher, teacher_index), train_head=False), *projected],
         [labels[student_index], *rows],
         weights=[1 - kd_weight, *(kd_weight * weight for weight in weights)],
         chunk_bytes=chunk_bytes,
