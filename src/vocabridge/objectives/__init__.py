@@ -28,7 +28,15 @@ if typing.TYPE_CHECKING:
 _NOT_OBJECTIVES = {"base", "config"}
 """And every file whose name begins with an underscore: code that several objectives share."""
 
-_CONFIG_BASES = {"ObjectiveConfig", "KdConfig", "DivergenceConfig", "Settings"}
+_CONFIG_BASES = {
+    "ObjectiveConfig",
+    "KdConfig",
+    "DivergenceConfig",
+    "DualSpaceConfig",
+    "CrossAttentionConfig",
+    "Settings",
+    "PairedSpaceConfig",
+}
 _LIGHT_MODULES = {
     "typing",
     "pydantic",

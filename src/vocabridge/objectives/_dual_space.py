@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from vocabridge.losses.divergences import forward_kl
 from vocabridge.models.forward import SideForward
 from vocabridge.objectives._divergence import row_divergence
 from vocabridge.objectives.base import LossTerm, Objective, ObjectiveSetup, Ratio, head_input
-from vocabridge.objectives.config import DivergenceConfig
+from vocabridge.objectives.config import DivergenceConfig, DualSpaceConfig
 
 RowLists = tuple[list[Tensor], list[Tensor]]
 """Losses ``[n]`` each and metrics ``[n]`` each."""
@@ -115,6 +115,24 @@ class DualSpaceLosses:
         return LossTerm(result.total, num_student_tokens, metrics=metrics)
 
 
+class Mixing(Protocol):
+    """How states of one side reach the positions of the other: an attention, or means over chunks."""
+
+    @property
+    def student_covered(self) -> Tensor:
+        """``[N]`` bool: positions that something of the teacher reaches."""
+
+    @property
+    def teacher_covered(self) -> Tensor:
+        """``[M]`` bool."""
+
+    def to_student(self, values: Tensor) -> Tensor:
+        """``[M, F] -> [N, F]``."""
+
+    def to_teacher(self, values: Tensor) -> Tensor:
+        """``[N, F] -> [M, F]``."""
+
+
 class DualSpace(Objective):
     """Base of the methods with two learned affine maps between the models' last hidden states."""
 
@@ -125,24 +143,35 @@ class DualSpace(Objective):
         self.student_to_teacher = nn.Linear(setup.student_hidden_size, setup.teacher_hidden_size)
         self.losses = DualSpaceLosses.of(config)
 
+    def terms(
+        self, student: SideForward, teacher: SideForward, mixing: Mixing, *, values: Tensor
+    ) -> dict[str, LossTerm]:
+        """Terms ``student_space`` and ``teacher_space`` of the teacher's ``values [M, D]`` and the student's states."""
+        values = self.teacher_to_student(values.to(self.teacher_to_student.weight.dtype))
+        hidden = self.student_to_teacher(student.hidden_states.to(self.student_to_teacher.weight.dtype))
+        return {
+            "student_space": self.losses.student_space(student, mixing.to_student(values), mixing.student_covered),
+            "teacher_space": self.losses.teacher_space(
+                teacher,
+                mixing.to_teacher(hidden),
+                mixing.teacher_covered,
+                num_student_tokens=student.labels.shape[0],
+            ),
+        }
 
-Statistics = Literal["example", "batch"]
 
-
-def scaled(values: Tensor, rows: Tensor, num_examples: int, *, statistics: Statistics) -> Tensor:
+def scaled(values: Tensor, rows: Tensor, num_examples: int, *, config: DualSpaceConfig) -> Tensor:
     """``values [N, F]`` divided by the scalar standard deviation of their example (``rows [N]``) or of the batch."""
-    std = scalar_std(values, rows if statistics == "example" else None, num_examples)
+    std = scalar_std(values, rows if config.statistics == "example" else None, num_examples)
     return values / std.clamp(min=1e-6).to(values.dtype)
 
 
-def teacher_values(
-    teacher: SideForward, num_examples: int, *, statistics: Statistics, value: Literal["hidden_and_label", "hidden"]
-) -> Tensor:
+def teacher_values(teacher: SideForward, num_examples: int, *, config: DualSpaceConfig) -> Tensor:
     """Constant ``[M, D]``: last hidden states, plus the embedding of the label, each scaled to standard deviation 1."""
-    values = scaled(teacher.hidden_states, teacher.rows, num_examples, statistics=statistics)
-    if value == "hidden_and_label":
+    values = scaled(teacher.hidden_states, teacher.rows, num_examples, config=config)
+    if config.value == "hidden_and_label":
         labels = embed(teacher.embedding, teacher.labels).to(values.dtype)
-        values = values + scaled(labels, teacher.rows, num_examples, statistics=statistics)
+        values = values + scaled(labels, teacher.rows, num_examples, config=config)
     return values
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vocabridge.settings import Settings
 
@@ -59,3 +59,52 @@ class DivergenceConfig(KdConfig):
     """Teacher probability mass that counts as the tail in the adaptive divergence."""
     jsd_beta: float = Field(0.5, gt=0, lt=1)
     """The teacher's share in the mixture of the generalised Jensen-Shannon divergence."""
+
+
+class DualSpaceConfig(DivergenceConfig):
+    """Of an objective that mixes projected hidden states of one model into the positions of the other."""
+
+    needs: ClassVar[tuple[str, ...]] = ("teacher", "tokenizers", "chunks")
+    cost: ClassVar[Cost] = "both heads twice"
+
+    value: Literal["hidden_and_label", "hidden"] = "hidden_and_label"
+    """What the teacher's values hold; ``hidden`` leaves out the embedding of its label, so that it cannot be copied."""
+    statistics: Literal["example", "batch"] = "example"
+    """Over which supervised positions the scalar standard deviations are taken."""
+
+
+class CrossAttentionConfig(DualSpaceConfig):
+    """Of an objective whose student positions attend to teacher positions by learned queries."""
+
+    query_start: Literal["random", "closed_form"] = "closed_form"
+    query_normalize: Literal["none", "scalar"] = "none"
+    """With a random start: divide the query's input by its standard deviation (``scalar``), or not, as published."""
+    score_scale: float | None = Field(None, gt=0)
+    """Factor on query-key products; default 1/sqrt(2D) for a random start, 20 for the closed form."""
+
+    @model_validator(mode="after")
+    def _check_query(self) -> Self:
+        if self.query_start == "closed_form" and self.query_normalize != "none":
+            raise ValueError("query_normalize has no effect with query_start 'closed_form'; leave it out")
+        return self
+
+
+class PairedSpaceConfig(DivergenceConfig):
+    """Of an objective that projects hidden states between both models at pairs of positions."""
+
+    cost: ClassVar[Cost] = "both heads twice"
+
+    projector_start: Literal["random", "pseudo_inverse"] = "pseudo_inverse"
+    """``pseudo_inverse`` starts projectors where projected states give logits nearest those before, on shared tokens."""
+    t2s_target: Literal["label", "teacher_argmax"] = "teacher_argmax"
+    """What the projected teacher shall predict in the student's space; its divergence counts where it does."""
+    teacher_space_projector: Literal["learned", "recomputed"] = "recomputed"
+    """From student to teacher: trained, or computed anew from the student's present head."""
+    recompute_every: int = Field(10, ge=1)
+    """Optimizer steps between two computations of that projector; 1 is the published form."""
+
+    @model_validator(mode="after")
+    def _check_projector(self) -> Self:
+        if self.teacher_space_projector == "learned" and "recompute_every" in self.model_fields_set:
+            raise ValueError("recompute_every has no effect with teacher_space_projector 'learned'; leave it out")
+        return self

@@ -25,117 +25,67 @@ What we do differently, and why:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from vocabridge.alignment import shared_vocabulary
-from vocabridge.errors import UserError
-from vocabridge.losses.cross_attention import Padding, attention_weights
-from vocabridge.losses.distances import distribution_report
-from vocabridge.losses.procrustes import orthogonal_map, unit_centred
-from vocabridge.matching.config import GanConfig, Matching
+from vocabridge.losses.chunk_rows import chunk_rows
+from vocabridge.losses.cross_attention import CrossAttention, same_chunk
+from vocabridge.matching.config import GanConfig, Matching, TransportConfig, check_matching_settings
 from vocabridge.matching.gradient_meter import GradientMeter
 from vocabridge.matching.term import MatchingTerm
-from vocabridge.models.forward import SideForward, SupervisedTokens, supervised_tokens
-from vocabridge.objectives._dual_space import DualSpace, embed, scaled, teacher_values
+from vocabridge.objectives._cross_model_attention import CrossModelAttention, QueryKeys, distances
+from vocabridge.objectives._dual_space import teacher_values
 from vocabridge.objectives.base import ForwardPair, LossTerm, ObjectiveSetup, Ratio, require_teacher
-from vocabridge.objectives.config import DivergenceConfig
+from vocabridge.objectives.config import CrossAttentionConfig
 from vocabridge.pairs import PairBatch
 
 
-class Config(DivergenceConfig):
+class Config(CrossAttentionConfig):
     """Settings of DSKD-CMA; the paper's values except for the query start."""
 
     paper: ClassVar[str] = "DSKD-CMA-GA, ICASSP 2026, arXiv 2603.22056 (DSKD: arXiv 2406.17328)"
-    needs: ClassVar[tuple[str, ...]] = ("teacher", "tokenizers")
+    needs: ClassVar[tuple[str, ...]] = ("teacher", "tokenizers", "chunks")
     use_when: ClassVar[str] = "the tokenizers differ and the whole teacher distribution should reach the student"
 
-    value: Literal["hidden_and_label", "hidden"] = "hidden_and_label"
-    """What the teacher's values hold; ``hidden`` leaves out the embedding of its label, so that it cannot be copied."""
-    query_start: Literal["random", "closed_form"] = "closed_form"
-    query_normalize: Literal["none", "scalar"] = "none"
-    """With a random start: divide the query's input by its standard deviation (``scalar``), or not, as published."""
-    score_scale: float | None = Field(None, gt=0)
-    """Factor on query-key products; default 1/sqrt(2D) for a random start, 20 for the closed form."""
-    statistics: Literal["example", "batch"] = "example"
-    """Over which supervised positions the scalar standard deviations are taken."""
+    position_weight: float = Field(0.0, ge=0)
+    """Subtracted from query-key products before scaling: this times the distance of relative positions, in [0, 1)."""
+    exact_pair_weight: float = Field(0.0, ge=0)
+    """Weight of -log A_ij, summed over chunks of one token on either side; trains the query projector only."""
     matching: Matching = "gan"
     matching_weight: float = Field(0.1, ge=0)
     """Weight of the matching term on the query projector, independent of token counts."""
     matching_warmup_steps: int = Field(0, ge=0)
     """Optimizer steps over which the weight rises linearly from 0."""
     gan: GanConfig = GanConfig()
+    transport: TransportConfig = TransportConfig()
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.query_start == "closed_form" and self.query_normalize != "none":
-            raise ValueError("query_normalize has no effect with query_start 'closed_form'; leave it out")
-        if self.matching != "gan" and self.gan != GanConfig():
-            raise ValueError(f"gan settings have no effect with matching '{self.matching}'; leave them out")
+    def _check_matching(self) -> Self:
+        check_matching_settings(self.matching, gan=self.gan, transport=self.transport)
         return self
 
 
-@dataclass(frozen=True, slots=True)
-class _Attention:
-    """Both directions of the cross-model attention of one micro-batch."""
-
-    to_student: Tensor
-    """[B, R_s, R_t] weights of each student position over the teacher's positions."""
-    to_teacher: Tensor
-    """[B, R_t, R_s]"""
-    student: Padding
-    teacher: Padding
-
-
-class DskdCma(DualSpace):
+class DskdCma(CrossModelAttention):
     """Cross-model attention in both directions, with an optional key-query matching term."""
 
     config: Config
-    student_center: Tensor
-    teacher_center: Tensor
 
     def __init__(self, config: Config, setup: ObjectiveSetup):
         super().__init__(config, setup)
         assert setup.teacher_hidden_size is not None
-        student_size, teacher_size = setup.student_hidden_size, setup.teacher_hidden_size
-        self.query_projector = nn.Linear(2 * student_size, 2 * teacher_size)
-        self.closed_form = config.query_start == "closed_form"
-        self.score_scale = config.score_scale or (20.0 if self.closed_form else (2 * teacher_size) ** -0.5)
-        if self.closed_form:
-            self.register_buffer("student_center", torch.zeros(student_size))
-            self.register_buffer("teacher_center", torch.zeros(teacher_size))
-            self._start_closed_form(setup)
         self.matching = MatchingTerm(
             config.matching,
-            2 * teacher_size,
+            2 * setup.teacher_hidden_size,
             weight=config.matching_weight,
             warmup_steps=config.matching_warmup_steps,
             gan=config.gan,
+            transport=config.transport,
         )
         self.meter = GradientMeter()
-
-    @torch.no_grad()
-    def _start_closed_form(self, setup: ObjectiveSetup) -> None:
-        assert setup.teacher_tokenizer is not None
-        assert setup.teacher_embedding is not None
-        shared = shared_vocabulary(setup.student_tokenizer, setup.teacher_tokenizer)
-        if len(shared.student_ids) < 2:
-            raise UserError(
-                "objective dskd_cma: the two vocabularies share no token, so query_start 'closed_form' has nothing to "
-                "fit; use query_start: random."
-            )
-        student = embed(setup.student_embedding, torch.as_tensor(shared.student_ids))
-        teacher = embed(setup.teacher_embedding, torch.as_tensor(shared.teacher_ids))
-        self.student_center.copy_(student.mean(0))
-        self.teacher_center.copy_(teacher.mean(0))
-        rotation = orthogonal_map(
-            unit_centred(student, student.mean(0)), unit_centred(teacher, teacher.mean(0)).to(student.device)
-        )
-        self.query_projector.weight.copy_(torch.block_diag(rotation, rotation))
-        self.query_projector.bias.zero_()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Projectors, and the discriminator when there is one to train."""
@@ -164,110 +114,75 @@ class DskdCma(DualSpace):
 
     @torch.no_grad()
     def probe(self, batch: PairBatch, student_embedding: nn.Module, teacher_embedding: nn.Module) -> dict[str, float]:
-        """Distances between queries and keys of a fixed batch, and how much attention lies in the right chunk."""
-        student = supervised_tokens(batch["input_ids"], batch["labels"])
-        teacher = supervised_tokens(batch["teacher_input_ids"], batch["teacher_labels"])
-        num_examples = batch["input_ids"].shape[0]
-        queries = self.queries(self.query_inputs(student, student_embedding, num_examples)).float()
-        keys = self.keys(teacher, teacher_embedding, num_examples).float()
-        report = distribution_report(queries, keys, x_groups=student.rows, y_groups=teacher.rows, seed=0)
-        attention = self._attend(student, teacher, queries, keys, num_examples)
-        located = _location_metrics(attention, batch)
-        return report | {name: float(ratio.sum) / max(float(ratio.count), 1.0) for name, ratio in located.items()}
-
-    def queries(self, inputs: Tensor) -> Tensor:
-        """Query inputs ``[N, 2d]`` to queries ``[N, 2D]``; never in bfloat16 by autocast: the scores are scaled up."""
-        with torch.autocast(inputs.device.type, enabled=False):
-            return self.query_projector(inputs.to(self.query_projector.weight.dtype))
-
-    def query_inputs(self, tokens: SupervisedTokens, embedding: nn.Module, num_examples: int) -> Tensor:
-        """Constant ``[N, 2d]``: the student's embeddings of input token and label of each supervised position."""
-        if self.closed_form:
-            return _token_pairs(tokens, embedding, self.student_center)
-        inputs = _token_pairs(tokens, embedding, None)
-        return self._scaled(inputs, tokens.rows, num_examples) if self.config.query_normalize == "scalar" else inputs
-
-    def keys(self, tokens: SupervisedTokens, embedding: nn.Module, num_examples: int) -> Tensor:
-        """Constant ``[M, 2D]``: the teacher's embeddings of input token and label of each supervised position."""
-        if self.closed_form:
-            return _token_pairs(tokens, embedding, self.teacher_center)
-        return self._scaled(_token_pairs(tokens, embedding, None), tokens.rows, num_examples)
-
-    def forward(self, pair: ForwardPair, batch: PairBatch) -> dict[str, LossTerm]:
-        """Terms ``student_space``, ``teacher_space`` and those of the matching, in nats."""
-        student, teacher = pair.student, require_teacher(pair)
-        num_examples = batch["input_ids"].shape[0]
-        inputs = self.query_inputs(student.tokens, student.embedding, num_examples)
-        keys = self.keys(teacher.tokens, teacher.embedding, num_examples)
-        queries = self.queries(inputs)
-        attention = self._attend(
-            student.tokens, teacher.tokens, self.meter.watch(queries, inputs, "kd"), keys, num_examples
-        )
-        return {
-            "student_space": self._student_space(student, teacher, attention, batch),
-            "teacher_space": self._teacher_space(student, teacher, attention),
-            **self.matching(
-                self.meter.watch(queries, inputs, "matching"),
-                keys,
-                query_rows=student.rows,
-                key_rows=teacher.rows,
-                num_examples=num_examples,
-            ),
+        """Distances between queries and keys of a fixed batch, and how much attention lies where it should."""
+        sides = self.probed(batch, student_embedding, teacher_embedding)
+        attention = self.attend(sides, position_weight=self.config.position_weight)
+        located = _location_metrics(attention, batch) | _exact_pairs(attention, batch, sides).metrics
+        return distances(sides) | {
+            name: float(ratio.sum) / max(float(ratio.count), 1.0) for name, ratio in located.items()
         }
 
-    def _attend(
-        self, student: SupervisedTokens, teacher: SupervisedTokens, queries: Tensor, keys: Tensor, num_examples: int
-    ) -> _Attention:
-        student_padding = Padding.of(student.rows, num_examples)
-        teacher_padding = Padding.of(teacher.rows, num_examples)
-        padded_queries = student_padding.pad(queries)
-        padded_keys = teacher_padding.pad(keys.to(queries.dtype))
-        with torch.autocast(queries.device.type, enabled=False):
-            scores = padded_queries @ padded_keys.transpose(1, 2) * self.score_scale
-        return _Attention(
-            to_student=attention_weights(scores, teacher_padding.mask),
-            to_teacher=attention_weights(scores.transpose(1, 2), student_padding.mask),
-            student=student_padding,
-            teacher=teacher_padding,
+    def forward(self, pair: ForwardPair, batch: PairBatch) -> dict[str, LossTerm]:
+        """Terms ``student_space``, ``teacher_space``, ``exact_pairs`` and those of the matching, in nats."""
+        student, teacher = pair.student, require_teacher(pair)
+        num_examples = batch["input_ids"].shape[0]
+        sides = self.query_keys(
+            student.tokens,
+            teacher.tokens,
+            student_embedding=student.embedding,
+            teacher_embedding=teacher.embedding,
+            num_examples=num_examples,
+        )
+        attention = self.attend(
+            replace(sides, queries=self.meter.watch(sides.queries, sides.inputs, "kd")),
+            position_weight=self.config.position_weight,
+        )
+        values = teacher_values(teacher, num_examples, config=self.config)
+        terms = self.terms(student, teacher, attention, values=values)
+        exact = _exact_pairs(attention, batch, sides)
+        metrics = _location_metrics(attention, batch) | exact.metrics
+        terms["student_space"] = replace(terms["student_space"], metrics={**terms["student_space"].metrics, **metrics})
+        if self.config.exact_pair_weight:
+            terms["exact_pairs"] = LossTerm(
+                exact.total, student.labels.shape[0], weight=self.config.exact_pair_weight, is_auxiliary=True
+            )
+        return terms | self.matching(
+            self.meter.watch(sides.queries, sides.inputs, "matching"),
+            sides.keys,
+            query_rows=student.rows,
+            key_rows=teacher.rows,
+            num_examples=num_examples,
         )
 
-    def _scaled(self, values: Tensor, rows: Tensor, num_examples: int) -> Tensor:
-        return scaled(values, rows, num_examples, statistics=self.config.statistics)
 
-    def _values(self, teacher: SideForward, num_examples: int) -> Tensor:
-        settings = self.config
-        values = teacher_values(teacher, num_examples, statistics=settings.statistics, value=settings.value)
-        return self.teacher_to_student(values.to(self.teacher_to_student.weight.dtype))
+@dataclass(frozen=True, slots=True, eq=False)
+class _ExactPairs:
+    """How the attention does on positions whose one counterpart is known: chunks of one token on either side."""
 
-    def _student_space(
-        self, student: SideForward, teacher: SideForward, attention: _Attention, batch: PairBatch
-    ) -> LossTerm:
-        values = attention.teacher.pad(self._values(teacher, batch["input_ids"].shape[0]))
-        projected = attention.student.pack(attention.to_student.to(values.dtype) @ values)
-        term = self.losses.student_space(student, projected, torch.ones_like(student.labels, dtype=torch.bool))
-        return replace(term, metrics={**term.metrics, **_location_metrics(attention, batch)})
-
-    def _teacher_space(self, student: SideForward, teacher: SideForward, attention: _Attention) -> LossTerm:
-        hidden = student.hidden_states.to(self.student_to_teacher.weight.dtype)
-        values = attention.student.pad(self.student_to_teacher(hidden))
-        projected = attention.teacher.pack(attention.to_teacher.to(values.dtype) @ values)
-        covered = torch.ones_like(teacher.labels, dtype=torch.bool)
-        return self.losses.teacher_space(teacher, projected, covered, num_student_tokens=student.labels.shape[0])
+    total: Tensor
+    """Scalar: sum of -log A_ij over the pairs, in nats."""
+    metrics: dict[str, Ratio]
 
 
-def _token_pairs(tokens: SupervisedTokens, embedding: nn.Module, center: Tensor | None) -> Tensor:
-    parts = [embed(embedding, tokens.input_ids), embed(embedding, tokens.labels)]
-    if center is not None:
-        parts = [unit_centred(part, center.to(part.dtype)) for part in parts]
-    return torch.cat(parts, dim=-1)
+def _exact_pairs(attention: CrossAttention, batch: PairBatch, sides: QueryKeys) -> _ExactPairs:
+    chunks = chunk_rows(sides.query_rows, batch["chunk_ids"], sides.key_rows, batch["teacher_chunk_ids"])
+    scores = attention.student_scores(chunks.student.starts[chunks.one_to_one])
+    partners = attention.teacher.columns[chunks.teacher.starts[chunks.one_to_one]]
+    total = cross_entropy(scores, partners, reduction="sum")
+    right = scores.detach().argmax(-1) == partners if partners.numel() else partners
+    count = partners.shape[0]
+    metrics = {
+        "exact_pair_cross_entropy": Ratio(total.detach(), count),
+        "exact_pair_accuracy": Ratio(right.sum(), count),
+    }
+    return _ExactPairs(total, metrics)
 
 
-def _location_metrics(attention: _Attention, batch: PairBatch) -> dict[str, Ratio]:
+def _location_metrics(attention: CrossAttention, batch: PairBatch) -> dict[str, Ratio]:
     """Coverage, and the share of attention (mass, top-1) that lies in the byte-exact chunk of each covered position."""
-    student_chunks, teacher_chunks = batch["chunk_ids"], batch["teacher_chunk_ids"]
-    covered = student_chunks >= 0
-    inside = (student_chunks[:, :, None] == teacher_chunks[:, None, :]) & covered[:, :, None]
-    weights = attention.to_student.detach()
+    inside = same_chunk(batch["chunk_ids"], batch["teacher_chunk_ids"])
+    covered = batch["chunk_ids"] >= 0
+    weights = attention.student_weights.detach()
     count = covered.sum()
     top = inside.gather(2, weights.argmax(-1, keepdim=True)).squeeze(-1) if weights.numel() else covered
     return {
