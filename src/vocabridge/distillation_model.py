@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from vocabridge.errors import UserError
 from vocabridge.losses.terms import LossTerm
+from vocabridge.models.capture import check_layers
 from vocabridge.models.forward import SideForward, forward_side
 from vocabridge.objectives.base import ForwardPair, Objective
 from vocabridge.pairs import PairBatch
@@ -21,7 +22,11 @@ class NonFiniteLoss(UserError):
 
 
 class DistillationModel(nn.Module):
-    """Student and objective (projectors, discriminator). The teacher is frozen and stays outside."""
+    """Student and objective (projectors, discriminator). The teacher is frozen and stays outside.
+
+    Raises:
+        UserError: the objective reads inner layers that this student does not let be captured.
+    """
 
     accepts_loss_kwargs = True
     """Tells ``transformers.Trainer`` that losses are divided by counts over the whole optimizer step."""
@@ -31,6 +36,7 @@ class DistillationModel(nn.Module):
 
     def __init__(self, student: PreTrainedModel, objective: Objective, *, vocab_size: int | None = None):
         super().__init__()
+        check_layers(student, objective.layers.student)
         self.student = student
         self.objective = objective
         self.vocab_size = vocab_size
@@ -62,7 +68,12 @@ class DistillationModel(nn.Module):
             NonFiniteLoss: names the term that is NaN or infinite.
         """
         student = forward_side(
-            self.student, batch["input_ids"], batch["attention_mask"], batch["labels"], vocab_size=self.vocab_size
+            self.student,
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["labels"],
+            vocab_size=self.vocab_size,
+            layers=self.objective.layers.student,
         )
         terms = self.objective(ForwardPair(student, teacher), batch)
         counted = [term for term in terms.values() if self.training or not term.is_auxiliary]

@@ -96,10 +96,12 @@ class DistillationTrainer(Trainer):
             teacher_template=args.teacher_template,
             max_length=args.max_length,
         )
+        built = build_objective(objective, student, student_tokenizer, teacher, teacher_tokenizer)
         self.teacher: LiveTeacher | None = None
         if teacher is not None and teacher_tokenizer is not None:
-            self.teacher = LiveTeacher(teacher, vocab_size=vocabulary_size(teacher_tokenizer))
-        built = build_objective(objective, student, student_tokenizer, teacher, teacher_tokenizer)
+            self.teacher = LiveTeacher(
+                teacher, vocab_size=vocabulary_size(teacher_tokenizer), layers=built.layers.teacher
+            )
         self.interrupt = InterruptCallback()
         self.student_tokenizer = student_tokenizer
         pairs = as_pairs(train_dataset, self.pair_tokenizer, progress=not args.disable_tqdm)

@@ -5,12 +5,13 @@ Axes: B rows, L tokens, N supervised positions of the whole batch, H hidden size
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from vocabridge.errors import UserError
+from vocabridge.models.capture import NO_LAYERS, CapturedLayers, LayerRecorder, LayerRequest
 from vocabridge.models.heads import OutputHead, base_model, output_head
 
 IGNORE_INDEX = -100
@@ -47,6 +48,8 @@ class SideForward:
     """From hidden states to logits."""
     embedding: nn.Module
     """The input embeddings; call it, do not index its weight: Gemma's scales by sqrt(H)."""
+    layers: CapturedLayers = field(default_factory=CapturedLayers)
+    """Of the layers that were asked for."""
 
     @property
     def tokens(self) -> SupervisedTokens:
@@ -67,6 +70,7 @@ def forward_side(
     labels: torch.Tensor,
     *,
     vocab_size: int | None = None,
+    layers: LayerRequest = NO_LAYERS,
 ) -> SideForward:
     """Run the trunk and pack its supervised positions; the head is left to the objective.
 
@@ -78,22 +82,29 @@ def forward_side(
         attention_mask: ``[B, L]``, 1 on tokens, 0 on padding.
         labels: ``[B, L]``, -100 outside the response; ``labels[:, 0]`` is always -100.
         vocab_size: rows of the head to keep; see :func:`output_head`.
+        layers: inner layers to capture on the way.
+
+    Raises:
+        UserError: the model does not let these layers be captured.
     """
     base = base_model(model)
-    outputs = base.get_decoder()(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-    )
     rows, previous = _supervised_positions(labels)
+    with LayerRecorder(model, layers, rows, previous) as recorder:
+        outputs = base.get_decoder()(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+        )
+    hidden_states = outputs.last_hidden_state[rows, previous]
     return SideForward(
-        hidden_states=outputs.last_hidden_state[rows, previous],
+        hidden_states=hidden_states,
         input_ids=input_ids[rows, previous],
         labels=labels[rows, previous + 1],
         rows=rows,
         head=output_head(model, vocab_size),
         embedding=base.get_input_embeddings(),
+        layers=recorder.captured(hidden_states),
     )
 
 
@@ -104,11 +115,12 @@ def teacher_side(
     labels: torch.Tensor,
     *,
     vocab_size: int | None = None,
+    layers: LayerRequest = NO_LAYERS,
 ) -> SideForward:
     """:func:`forward_side` of a frozen model: no gradient, and dropout must be off."""
     assert not model.training, "the teacher must be in eval mode: dropout would make its targets random"
     with torch.no_grad():
-        return forward_side(model, input_ids, attention_mask, labels, vocab_size=vocab_size)
+        return forward_side(model, input_ids, attention_mask, labels, vocab_size=vocab_size, layers=layers)
 
 
 def _supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
+from vocabridge.models.capture import NO_LAYERS, LayerRequest, check_layers
 from vocabridge.models.forward import SideForward, teacher_side
 from vocabridge.pairs import PairBatch
 
@@ -20,11 +21,22 @@ class TeacherSignal(Protocol):
 
 
 class LiveTeacher:
-    """A frozen model that runs for every batch, in its own dtype and on its own device."""
+    """A frozen model that runs for every batch, in its own dtype and on its own device.
 
-    def __init__(self, model: PreTrainedModel, *, vocab_size: int | None = None):
+    Args:
+        model: a causal language model; becomes frozen and stays in eval mode.
+        vocab_size: rows of the head to keep; see :func:`vocabridge.models.heads.output_head`.
+        layers: inner layers to capture in every forward.
+
+    Raises:
+        UserError: the model does not let these layers be captured.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, vocab_size: int | None = None, layers: LayerRequest = NO_LAYERS):
+        check_layers(model, layers)
         self.model = model.eval().requires_grad_(False)
         self.vocab_size = vocab_size
+        self.layers = layers
 
     def to(self, device: torch.device) -> None:
         """Move the model, unless it is quantised or already spread over devices."""
@@ -41,4 +53,5 @@ class LiveTeacher:
                 batch["teacher_attention_mask"],
                 batch["teacher_labels"],
                 vocab_size=self.vocab_size,
+                layers=self.layers,
             )

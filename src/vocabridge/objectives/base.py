@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vocabridge.losses.chunked_head import HeadInput
 from vocabridge.losses.terms import LossTerm, Ratio
+from vocabridge.models.capture import NO_LAYERS, LayerRequest, TrunkShape
 from vocabridge.models.forward import SideForward
 from vocabridge.models.heads import OutputHead
 from vocabridge.objectives.config import ObjectiveConfig
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = [
     "ForwardPair",
+    "LayerNeeds",
     "LossTerm",
     "Objective",
     "ObjectiveSetup",
@@ -38,6 +40,18 @@ class ForwardPair:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerNeeds:
+    """Inner layers that an objective reads; each side's forward captures these and no others."""
+
+    student: LayerRequest = NO_LAYERS
+    teacher: LayerRequest = NO_LAYERS
+
+    def __or__(self, other: LayerNeeds) -> LayerNeeds:
+        """What two terms of one composition need together."""
+        return LayerNeeds(self.student | other.student, self.teacher | other.teacher)
+
+
+@dataclass(frozen=True, slots=True)
 class ObjectiveSetup:
     """What an objective may look at once, before training."""
 
@@ -49,6 +63,9 @@ class ObjectiveSetup:
     teacher_embedding: nn.Module | None = None
     teacher_head: OutputHead | None = None
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    student_trunk: TrunkShape | None = None
+    """Number and widths of the layers, for objectives that read inner ones."""
+    teacher_trunk: TrunkShape | None = None
     student_end_token_id: int | None = None
     """The label that ends a response under the student's template; None: the tokenizer's EOS token."""
     teacher_end_token_id: int | None = None
@@ -69,6 +86,9 @@ class Objective(nn.Module):
     A subclass's file defines ``Config(ObjectiveConfig)`` and one subclass of this class, whose constructor takes
     ``(config, setup)``. Its parameters reach the optimizer through :meth:`parameter_groups`.
     """
+
+    layers = LayerNeeds()
+    """Inner layers to capture; a subclass that needs ``layers`` sets its own in the constructor."""
 
     def __init__(self, config: ObjectiveConfig, setup: ObjectiveSetup):
         super().__init__()
