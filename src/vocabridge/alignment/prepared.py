@@ -41,6 +41,9 @@ class Encoder(Protocol):
     def encode(self, text: str, *, specials: Specials, prefix: bool) -> RawTokens:
         """Encode; ``prefix=False`` leaves out the synthetic space in front."""
 
+    def encode_ids(self, texts: list[str], *, specials: Specials, prefix: bool) -> list[list[int]]:
+        """The ids alone, of many texts at once."""
+
 
 class FastEncoder:
     """Encodes with a fast backend, which is left as it was found, or with edited copies of it.
@@ -57,15 +60,26 @@ class FastEncoder:
 
     def encode(self, text: str, *, specials: Specials, prefix: bool) -> RawTokens:
         """Encode; see `Encoder`."""
+        with self._lock, self._backend_for(specials, prefix=prefix) as backend:
+            encoding = backend.encode(text, add_special_tokens=False)
+        return RawTokens(encoding.ids, encoding)
+
+    def encode_ids(self, texts: list[str], *, specials: Specials, prefix: bool) -> list[list[int]]:
+        """Encode; see `Encoder`."""
+        with self._lock, self._backend_for(specials, prefix=prefix) as backend:
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @contextmanager
+    def _backend_for(self, specials: Specials, *, prefix: bool) -> Iterator[Tokenizer]:
+        """The backend or an edited copy of it, for the time of a call."""
         if not prefix and self._family.synthetic_prefix:
             backend = self._prefix_free
         elif specials == "text" and self._family.model == "Unigram":
             backend = self._control_free
         else:
             backend = self._backend
-        with self._lock, _settings(backend, specials_as_text=specials == "text"):
-            encoding = backend.encode(text, add_special_tokens=False)
-        return RawTokens(encoding.ids, encoding)
+        with _settings(backend, specials_as_text=specials == "text"):
+            yield backend
 
     @cached_property
     def _control_free(self) -> Tokenizer:
@@ -94,6 +108,10 @@ class SlowEncoder:
         ids = tokenizer.convert_tokens_to_ids(pieces)
         assert isinstance(ids, list)
         return RawTokens(ids, None)
+
+    def encode_ids(self, texts: list[str], *, specials: Specials, prefix: bool) -> list[list[int]]:
+        """Encode; see `Encoder`."""
+        return [self.encode(text, specials=specials, prefix=prefix).ids for text in texts]
 
 
 @dataclass(frozen=True, slots=True)

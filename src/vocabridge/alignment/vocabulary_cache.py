@@ -29,18 +29,13 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else user_cache_path("vocabridge", appauthor=False)
 
 
-def fingerprint(prepared: PreparedTokenizer, *parts: object) -> str:
-    """A name for one vocabulary, equal only where the bytes and kinds of all ids are equal.
-
-    Args:
-        prepared: the tokenizer.
-        parts: what else the cached arrays depend on; told apart by its ``repr``.
-    """
+def fingerprint(prepared: PreparedTokenizer) -> str:
+    """A name for one vocabulary, equal only where the bytes and kinds of all ids are equal."""
     digest = hashlib.blake2b(digest_size=16)
     table = prepared.table
     lengths = np.array([-1 if piece is None else len(piece) for piece in table.data], dtype=np.int64)
     digest.update(lengths.tobytes() + b"".join(piece or b"" for piece in table.data))
-    digest.update(repr((sorted(table.control_ids), sorted(table.fallback_ids), table.unknown_id, parts)).encode())
+    digest.update(repr((sorted(table.control_ids), sorted(table.fallback_ids), table.unknown_id)).encode())
     return digest.hexdigest()
 
 
