@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vocabridge.losses import distances
 from vocabridge.losses.distances import (
     classifier_two_sample,
+    coral_distance,
     distribution_report,
     energy_distance,
     mean_cosine,
@@ -25,7 +27,7 @@ def sliced(x, y, **settings):
     return sliced_wasserstein(x, y, generator=torch.Generator().manual_seed(3), **settings)
 
 
-TERMS = {"mmd": mmd_squared, "sliced": sliced, "energy": energy_distance}
+TERMS = {"mmd": mmd_squared, "sliced": sliced, "energy": energy_distance, "coral": coral_distance}
 
 
 def loop_mmd(x, y, bandwidths):
@@ -97,6 +99,39 @@ def test_energy_distance_matches_a_loop():
     assert energy_distance(torch.tensor(x).double(), torch.tensor(y).double()).item() == pytest.approx(
         expected, rel=1e-6
     )
+
+
+def test_coral_matches_numpy_covariances():
+    x, y = sample(12, shift=3.0), sample(9, shift=3.3, scale=2.0, seed=1)
+    covariances = np.cov(x.numpy().T) - np.cov(y.numpy().T)
+    expected = np.sum(covariances**2) + np.sum((x.mean(0) - y.mean(0)).numpy() ** 2)
+    assert coral_distance(x, y).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_coral_sees_a_shift_alone_and_a_rotation_alone():
+    x = sample(200, 2) * torch.tensor([3.0, 1.0])
+    assert coral_distance(x, x + 2).item() == pytest.approx(8.0)
+    turned = (x - x.mean(0)) @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=x.dtype) + x.mean(0)
+    variances = x.var(0)
+    covariance = ((x - x.mean(0))[:, 0] * (x - x.mean(0))[:, 1]).sum() / 199
+    expected = 2 * (variances[0] - variances[1]) ** 2 + 2 * (2 * covariance) ** 2
+    assert coral_distance(x, turned).item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_coral_forms_no_covariance_matrix():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.numel = max(self.numel, result.numel())
+            return result
+
+    x, y = sample(5, 1000), sample(6, 1000, seed=1)
+    with Largest() as largest:
+        coral_distance(x, y)
+    assert 5000 <= largest.numel <= 6000
 
 
 def test_mean_cosine():

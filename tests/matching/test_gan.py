@@ -4,7 +4,8 @@ from torch import nn
 
 from vocabridge.losses.distances import mmd_squared
 from vocabridge.matching.config import GanConfig
-from vocabridge.matching.gan import Discriminator, GanMatching, reverse_gradient
+from vocabridge.matching.gan import Discriminator, GanMatching
+from vocabridge.matching.layers import reverse_gradient
 from vocabridge.matching.term import MatchingTerm
 
 FEATURES = 8

@@ -92,6 +92,27 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
     return 2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y)
 
 
+def coral_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distance of the means plus squared Frobenius distance of the covariances (n - 1), 0 where both agree.
+
+    After CORAL, Sun & Saenko 2016, arXiv 1607.01719, whose loss is the second part over 4 d^2. The means are included
+    because covariances do not see a shift. Without the divisor both parts are of order 1 for samples of norm 1,
+    whatever their dimension. The d x d covariances are never formed.
+
+    Args:
+        x: ``[n, d]``, n >= 2.
+        y: ``[m, d]``, m >= 2.
+    """
+    x, y = _floats(x), _floats(y)
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    # |X^T X|_F = |X X^T|_F, and <X^T X, Y^T Y>_F = |X Y^T|_F^2: n x m matrices instead of d x d ones.
+    x, y = (x - x_mean) / math.sqrt(len(x) - 1), (y - y_mean) / math.sqrt(len(y) - 1)
+    with torch.autocast(x.device.type, enabled=False):
+        within = (x @ x.t()).square().sum() + (y @ y.t()).square().sum()
+        covariances = within - 2 * (x @ y.t()).square().sum()
+    return (x_mean - y_mean).square().sum() + covariances
+
+
 def mean_cosine(x: Tensor, y: Tensor) -> Tensor:
     """Cosine between the mean of ``x`` and the mean of ``y``: a similarity in [-1, 1], blind to all but the means."""
     return torch.cosine_similarity(_floats(x).mean(0), _floats(y).mean(0), dim=0)

@@ -40,7 +40,7 @@ class TransportConfig(Settings):
     """With ``conditional_transport``: features in which the critic measures cost and the navigator affinity."""
     regularization: float = Field(0.05, gt=0)
     """With ``sinkhorn``: entropic regularisation as a share of an example's mean squared query-key distance."""
-    iterations: int = Field(50, ge=1)
+    iterations: int = Field(20, ge=1)
     """With ``sinkhorn``: updates of the dual potentials."""
 
 

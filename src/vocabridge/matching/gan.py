@@ -13,7 +13,6 @@ divided by the token count once more).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,30 +20,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits, leaky_relu
 from torch.nn.utils.parametrizations import spectral_norm
 
 from vocabridge.matching.config import GanConfig
-
-
-class _ReverseGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by ``-scale`` (Ganin & Lempitsky 2015, arXiv 1409.7495)."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return -ctx.scale * grads[0], None
-
-
-def reverse_gradient(values: Tensor, scale: float) -> Tensor:
-    """Identity forward, gradient times ``-scale`` backward."""
-    return _ReverseGradient.apply(values, scale)
+from vocabridge.matching.layers import highway, reverse_gradient
 
 
 class Discriminator(nn.Module):
     """Tells queries (high logit) from keys: a highway layer, then linear, leaky ReLU 0.1, dropout, linear to 1.
 
-    ``x [N, F] -> logits [N]``. The highway layer is s * relu(h) + (1 - s) * x with h = W x + b and gate s = sigmoid(h).
+    ``x [N, F] -> logits [N]``.
     """
 
     def __init__(self, num_features: int, config: GanConfig):
@@ -63,9 +45,7 @@ class Discriminator(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logit of "is a query" per row, in the parameters' dtype."""
-        mixed = self.highway(features)
-        gate = mixed.sigmoid()
-        mixed = gate * mixed.relu() + (1 - gate) * features
+        mixed = highway(features, self.highway)
         return self.output(self.dropout(leaky_relu(self.linear(mixed), 0.1))).squeeze(-1)
 
 
