@@ -94,7 +94,7 @@ class _Tiles:
         self._longest = max(map(len, ids), default=0)
 
     def fewest(self, data: bytes) -> list[int]:
-        """The fewest tokens whose joined bytes are ``data``, longer ones first among equals; empty if there are none."""
+        """The fewest tokens whose joined bytes are ``data``, longer ones first; empty if there are none."""
         best: list[list[int] | None] = [None] * len(data) + [[]]
         for start in reversed(range(len(data))):
             for end in range(min(len(data), start + self._longest), start, -1):
