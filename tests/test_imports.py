@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
     {"trainer"},
     {"evaluation"},
     {"analysis"},
-    {"run"},
+    {"run", "generate_data"},
     {"study"},
     {"cli", "__main__"},
     {""},  # the package itself: public names

@@ -238,6 +238,48 @@ def evaluate(
     print(f"results and predictions: {folder}")
 
 
+@app.command("generate-data", cls=_ListCommand)
+def generate_data(
+    teacher: Annotated[str, typer.Argument(help="Run folder, checkpoint folder, hub id or .gguf file.")],
+    data: Annotated[list[str], typer.Option(help="One or more files of prompts: --data a.jsonl b.jsonl")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    seeds: Annotated[
+        list[int] | None, typer.Option(help="Sampling seeds, one answer each: --seeds 1 2 3", show_default="0")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer; unfinished ones are left out.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of the probability mass sampled from.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated at once.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="First prompts only.")] = None,
+    template: Annotated[Template, typer.Option(help="How the teacher sees a prompt.")] = "plain",
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")] = False,
+) -> None:
+    """Have the teacher answer the training prompts: sequence-level distillation (SeqKD), then train on the answers."""
+    from vocabridge.evaluation.generation import GenerationSettings
+    from vocabridge.generate_data import generate_data as generate
+    from vocabridge.models.spec import ModelSpec
+
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
+    )
+    try:
+        written = generate(
+            ModelSpec(model=teacher, template=template, dtype=dtype),
+            data,
+            output,
+            seeds=seeds or [0],
+            settings=settings,
+            limit=limit,
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    left_out = f"{written.num_unfinished} unfinished and {written.num_empty} empty answers left out"
+    print(f"{written.path}: {written.num_rows} rows; {left_out}")
+
+
 def _note_unused(recipe: Recipe) -> None:
     if recipe.teacher and "teacher" not in recipe.objective.needs:
         print(f"note: objective '{recipe.objective.name}' does not use the teacher", file=sys.stderr)

@@ -132,6 +132,17 @@ def parse_row(row: object, source: str) -> Example:
     return _example(prompt, messages, references, source)
 
 
+def row_with_response(example: Example, response: str) -> dict[str, Any]:
+    """A row with the example's prompt, in both forms, and another response; :func:`parse_row` reads it back."""
+    if len(example.messages) > 1:  # the plain form of a conversation is made from its messages
+        turns = (*example.messages, Message("assistant", response))
+        return {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}
+    (message,) = example.messages
+    if message.content == example.prompt:
+        return {"prompt": example.prompt, "output": response}
+    return {"prompt": example.prompt, "instruction": message.content, "output": response}
+
+
 def plain_prompt(messages: tuple[Message, ...]) -> str:
     r"""Write a conversation as plain text.
 

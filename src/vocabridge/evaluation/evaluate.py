@@ -7,19 +7,19 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UserError
-from ..models.loading import check_tokenizer_matches, load_model, load_tokenizer, vocabulary_size
+from ..models.loading import check_tokenizer_matches, load_model, load_tokenizer
 from ..models.spec import ModelSpec
-from ..prompts import PromptRenderer, Template
+from ..prompts import Template
+from ..text import Example
 from .bits import ReferenceBits, reference_bits
 from .fingerprints import data_fingerprint, model_fingerprint
-from .generation import Generation, GenerationSettings, generate_bucket, length_buckets
+from .generation import Generation, GenerationSettings
 from .metrics import percentage, score_example
 from .plan import PAPER_SEEDS, DataFile, DataFiles, EvaluationPlan, plan_evaluation
+from .responses import Responder, generation_progress
 from .results import EvaluationResult, FileResult, SeedScores, domain_average
 from .run_folder import Manifest, Record, RunFolder
 from .statistics import mean_std
@@ -113,12 +113,7 @@ def evaluate(
 class _Evaluator:
     """A model with everything that is the same for all files."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    renderer: PromptRenderer
-    settings: GenerationSettings
-    vocab_size: int
-    context: int
+    responder: Responder
     folder: RunFolder
     progress: Progress
 
@@ -133,18 +128,15 @@ def _run(
     overwrite: bool,
     name: str,
 ) -> EvaluationResult:
-    context = _context_length(model, plan.settings)
-    renderer = PromptRenderer(tokenizer, template)
+    responder = Responder.of(model, tokenizer, plan.settings, template)
     manifest = Manifest(
         model=model_fingerprint(model, tokenizer),
         settings={**asdict(plan.settings), "template": template, "dtype": str(model.dtype)},
         data={file.name: data_fingerprint(file.examples) for file in plan.files},
     )
     folder = RunFolder(path, manifest, overwrite=overwrite)
-    with _progress() as progress:
-        evaluator = _Evaluator(
-            model, tokenizer, renderer, plan.settings, vocabulary_size(tokenizer), context, folder, progress
-        )
+    with generation_progress() as progress:
+        evaluator = _Evaluator(responder, folder, progress)
         files = tuple(_evaluate_file(evaluator, file, plan.seeds) for file in plan.files)
     result = EvaluationResult(
         model=name,
@@ -157,37 +149,19 @@ def _run(
     return result
 
 
-def _context_length(model: PreTrainedModel, settings: GenerationSettings) -> int:
-    """Most tokens of prompt and response together."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    if settings.max_new_tokens >= context:
-        raise UserError(
-            f"evaluation.max_new_tokens is {settings.max_new_tokens}, but the model reads at most {context} tokens, "
-            "prompt included; lower it."
-        )
-    return context
-
-
-def _progress() -> Progress:
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
 # --- one file --------------------------------------------------------------------------------------------------------
 
 
 def _evaluate_file(evaluator: _Evaluator, file: DataFile, seeds: Sequence[int]) -> FileResult:
     bits = _file_bits(evaluator, file)
-    prompts = [evaluator.renderer(example) for example in file.examples]
-    room = evaluator.context - evaluator.settings.max_new_tokens
-    fitting = [prompt[-room:] for prompt in prompts]  # the end of a prompt says that an answer is due
-    scores = tuple(_seed_scores(seed, _predictions(evaluator, file, fitting, seed)) for seed in seeds)
+    responder = evaluator.responder
+    scores = tuple(_seed_scores(seed, _predictions(evaluator, file, seed)) for seed in seeds)
     return FileResult(
         name=file.name,
         in_domain=file.in_domain,
         num_examples=len(file.examples),
         num_without_response=file.num_without_response,
-        num_cut_prompts=sum(len(prompt) > room for prompt in prompts),
+        num_cut_prompts=sum(len(responder.renderer(example)) > responder.room for example in file.examples),
         rouge_l=mean_std([score.rouge_l for score in scores]),
         exact_match=mean_std([score.exact_match for score in scores]),
         bits_per_byte=bits.per_byte,
@@ -200,53 +174,34 @@ def _file_bits(evaluator: _Evaluator, file: DataFile) -> ReferenceBits:
     if saved := evaluator.folder.load_bits(file.name):
         return ReferenceBits(**saved)
     task = evaluator.progress.add_task(f"{file.name}: bits per byte", total=len(file.examples))
+    responder = evaluator.responder
     bits = reference_bits(
-        evaluator.model,
-        evaluator.tokenizer,
+        responder.model,
+        responder.tokenizer,
         file.examples,
-        max_length=evaluator.context,
-        template=evaluator.renderer.template,
-        batch_size=evaluator.settings.batch_size,
+        max_length=responder.context,
+        template=responder.renderer.template,
+        batch_size=responder.settings.batch_size,
         on_batch=lambda num_rows: evaluator.progress.advance(task, num_rows),
     )
     evaluator.folder.save_bits(file.name, asdict(bits))
     return bits
 
 
-def _predictions(evaluator: _Evaluator, file: DataFile, prompts: Sequence[list[int]], seed: int) -> list[Record]:
-    """Records of all examples, in order; those that an earlier run wrote are kept."""
-    predictions = evaluator.folder.predictions(file.name, seed)
-    records = predictions.load()
-    task = evaluator.progress.add_task(f"{file.name}: seed {seed}", total=len(file.examples), completed=len(records))
-    end_token_ids = sorted({evaluator.renderer.end_token_id, evaluator.tokenizer.eos_token_id})
-    for indices in length_buckets([len(prompt) for prompt in prompts], evaluator.settings.batch_size):
-        if records.keys() >= set(indices):
-            continue
-        # A bucket that was torn is generated whole: the same batch gives the same rounding, hence the same text.
-        generations = generate_bucket(
-            evaluator.model,
-            prompts,
-            indices=indices,
-            settings=evaluator.settings,
-            seed=seed,
-            end_token_ids=end_token_ids,
-            vocab_size=evaluator.vocab_size,
-        )
-        new = [_record(evaluator, file, generation) for generation in generations if generation.index not in records]
-        predictions.append(new)
-        records |= {record["index"]: record for record in new}
-        evaluator.progress.advance(task, len(new))
-    predictions.finish(records)
-    return [records[index] for index in range(len(file.examples))]
+def _predictions(evaluator: _Evaluator, file: DataFile, seed: int) -> list[Record]:
+    return evaluator.responder.respond(
+        file.examples,
+        seed=seed,
+        file=evaluator.folder.predictions(file.name, seed),
+        make_record=_record,
+        progress=evaluator.progress,
+        title=f"{file.name}: seed {seed}",
+    )
 
 
-def _record(evaluator: _Evaluator, file: DataFile, generation: Generation) -> Record:
-    example = file.examples[generation.index]
-    prediction = evaluator.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
-    assert isinstance(prediction, str)
+def _record(example: Example, generation: Generation, prediction: str) -> Record:
     scores = score_example(prediction, example.references)
     return {
-        "index": generation.index,
         "source": example.source,
         "prompt": example.prompt,
         "prediction": prediction,

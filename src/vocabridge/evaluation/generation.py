@@ -49,11 +49,11 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
-                raise UserError(f"evaluation.{name} must be at least 1, not {getattr(self, name)}.")
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if not self.temperature >= 0:
-            raise UserError(f"evaluation.temperature must be 0 (greedy) or more, not {self.temperature}.")
+            raise UserError(f"temperature must be 0 (greedy) or more, not {self.temperature}.")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"evaluation.top_p must lie in (0, 1], not {self.top_p}.")
+            raise UserError(f"top_p must lie in (0, 1], not {self.top_p}.")
 
     @property
     def greedy(self) -> bool:

@@ -82,7 +82,7 @@ class RunFolder:
         for folder in (path, path / _PREDICTIONS, path / _BITS):
             folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"model": manifest.model, "settings": dict(manifest.settings), "data": dict(manifest.data)})
-        _write_in_one_piece(path / _MANIFEST, text + "\n")
+        write_in_one_piece(path / _MANIFEST, text + "\n")
 
     def _clear(self) -> None:
         for name in (_MANIFEST, _RESULTS):
@@ -116,11 +116,11 @@ class RunFolder:
 
     def save_bits(self, name: str, bits: Mapping[str, Any]) -> None:
         """Keep the bits of a data file."""
-        _write_in_one_piece(self.path / _BITS / f"{name}.json", json.dumps(bits) + "\n")
+        write_in_one_piece(self.path / _BITS / f"{name}.json", json.dumps(bits) + "\n")
 
     def save_results(self, text: str) -> None:
         """Write results.json."""
-        _write_in_one_piece(self.path / _RESULTS, text)
+        write_in_one_piece(self.path / _RESULTS, text)
 
 
 class PredictionFile:
@@ -158,7 +158,7 @@ class PredictionFile:
 
     def finish(self, records: Mapping[int, Record]) -> None:
         """Replace the partial file by the final one, in the order of the examples."""
-        _write_in_one_piece(self.path, "".join(_line(records[index]) for index in sorted(records)))
+        write_in_one_piece(self.path, "".join(_line(records[index]) for index in sorted(records)))
         self.partial_path.unlink(missing_ok=True)
 
 
@@ -174,7 +174,7 @@ def _parsed(line: bytes) -> Record | None:
     return record if line.endswith(b"\n") and isinstance(record, dict) and "index" in record else None
 
 
-def _write_in_one_piece(path: Path, text: str) -> None:
+def write_in_one_piece(path: Path, text: str) -> None:
     """Write beside the target, then rename: a kill or a full disk leaves the old file whole."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8", newline="\n") as file:

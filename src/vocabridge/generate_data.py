@@ -1,0 +1,120 @@
+"""Sequence-level distillation as a data step: the teacher answers the training prompts (Kim & Rush 2016).
+
+"Sequence-Level Knowledge Distillation", arXiv 1606.07947: the student is then trained by cross-entropy on the rows
+written here (objective ``cross_entropy``), so tokenizers play no role. The paper takes beam search's best answer;
+greedy decoding (temperature 0) is the default here, sampling with one row per prompt and seed the alternative.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vocabridge.errors import UserError
+from vocabridge.evaluation.fingerprints import data_fingerprint, model_fingerprint
+from vocabridge.evaluation.generation import Generation, GenerationSettings
+from vocabridge.evaluation.responses import Responder, generation_progress
+from vocabridge.evaluation.run_folder import Manifest, Record, RunFolder, write_in_one_piece
+from vocabridge.models.loading import check_tokenizer_matches, load_model, load_tokenizer
+from vocabridge.models.spec import ModelSpec
+from vocabridge.text import Example, read_examples, row_with_response
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedData:
+    """What was written, and what was left out."""
+
+    path: Path
+    num_rows: int
+    num_empty: int
+    """Answers without text."""
+    num_unfinished: int
+    """Answers cut off by ``max_new_tokens``: training on them would teach an end where there is none."""
+
+
+def generate_data(
+    spec: ModelSpec,
+    data: Sequence[str],
+    output: str | Path,
+    *,
+    seeds: Sequence[int] = (0,),
+    settings: GenerationSettings,
+    limit: int | None = None,
+    overwrite: bool = False,
+) -> GeneratedData:
+    """Have a model answer all prompts and write the rows ``vocabridge distill`` trains on.
+
+    Answers come in batches and are kept in ``<output>.generation`` until all are there; after an interruption the same
+    call goes on. Every row keeps its prompt in plain and chat form, and says its ``source``, ``teacher`` and ``seed``.
+
+    Args:
+        spec: the teacher.
+        data: files of prompts; their own responses are not looked at.
+        output: JSONL file to write.
+        seeds: one answer per prompt and seed; greedy decoding needs only one.
+        settings: length, temperature, nucleus, batch size.
+        limit: answer only the first so many prompts.
+        overwrite: replace an output that is there.
+
+    Raises:
+        UserError: the output exists, data or model cannot be used, or no answer is of use.
+    """
+    output = Path(output)
+    _check_output(output, overwrite=overwrite)
+    if settings.greedy and len(set(seeds)) > 1:
+        raise UserError("several seeds with temperature 0 give the same answers; give one seed or a temperature.")
+    examples = read_examples(list(data), limit=limit)
+    tokenizer = load_tokenizer(spec)
+    model = load_model(spec)
+    check_tokenizer_matches(tokenizer, model, "teacher")
+    responder = Responder.of(model, tokenizer, settings, spec.template)
+    manifest = Manifest(
+        model=model_fingerprint(model, tokenizer),
+        settings={**asdict(settings), "template": spec.template, "dtype": str(model.dtype)},
+        data={"prompts": data_fingerprint(examples)},
+    )
+    folder = RunFolder(output.with_name(f"{output.name}.generation"), manifest, overwrite=overwrite)
+    rows: list[Record] = []
+    num_empty = num_unfinished = 0
+    with generation_progress() as progress:
+        for seed in dict.fromkeys(seeds):
+            records = responder.respond(
+                examples,
+                seed=seed,
+                file=folder.predictions("prompts", seed),
+                make_record=_record,
+                progress=progress,
+                title=f"seed {seed}",
+            )
+            for example, record in zip(examples, records, strict=True):
+                if not record["finished"]:
+                    num_unfinished += 1
+                elif not record["response"].strip():
+                    num_empty += 1
+                else:
+                    extra = {"source": example.source, "teacher": spec.model, "seed": seed}
+                    rows.append({**row_with_response(example, record["response"]), **extra})
+    if not rows:
+        raise UserError(
+            f"{spec.model} gave no usable answer: {num_unfinished} were cut off at {settings.max_new_tokens} tokens "
+            f"and {num_empty} were empty; raise --max-new-tokens or check the template."
+        )
+    write_in_one_piece(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    shutil.rmtree(folder.path)
+    return GeneratedData(output, len(rows), num_empty, num_unfinished)
+
+
+def _record(example: Example, generation: Generation, text: str) -> Record:
+    return {"response": text, "finished": generation.finished}
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; name a file to write.")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists; name another file, or add --overwrite to replace it.")
+    if not output.parent.is_dir():
+        raise UserError(f"{output}: the folder {output.parent} does not exist.")
