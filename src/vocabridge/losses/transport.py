@@ -7,6 +7,7 @@ or not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,16 +56,34 @@ class SinkhornDivergence:
     """One value per example."""
 
     divergence: Tensor
-    """[E] in the units of the squared data."""
+    """[E] in the units of the cost."""
     marginal_error: Tensor
     """[E] total variation distance, in [0, 1], between the plan's weights on y and uniform ones: how far the potentials
     are from convergence; a constant."""
 
 
+def squared_distances(u: Tensor, v: Tensor) -> Tensor:
+    """``[E, n, m]`` squared Euclidean distances of ``u [E, n, F]`` and ``v [E, m, F]``."""
+    squares = u.square().sum(-1)[:, :, None] + v.square().sum(-1)[:, None, :]
+    return torch.baddbmm(squares, u, v.transpose(1, 2), alpha=-2).clamp_min(0)
+
+
+def manhattan_distances(u: Tensor, v: Tensor) -> Tensor:
+    """``[E, n, m]`` sums of absolute differences of ``u [E, n, F]`` and ``v [E, m, F]``."""
+    return torch.cdist(u, v, p=1.0)
+
+
 def sinkhorn_divergence(
-    x: Tensor, y: Tensor, *, x_mask: Tensor, y_mask: Tensor, regularization: float, iterations: int
+    x: Tensor,
+    y: Tensor,
+    *,
+    x_mask: Tensor,
+    y_mask: Tensor,
+    regularization: float,
+    iterations: int,
+    distances: Callable[[Tensor, Tensor], Tensor] = squared_distances,
 ) -> SinkhornDivergence:
-    """Debiased entropic transport ``OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2`` with squared Euclidean cost.
+    """Debiased entropic transport ``OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2``.
 
     ``OT`` is the minimum over plans P with uniform marginals a, b of ``<P, C> + eps KL(P | a b^T)`` (Feydy et al. 2019,
     arXiv 1810.08278; Genevay et al. 2018, arXiv 1706.00292). It is taken from its dual, in the log domain:
@@ -82,6 +101,7 @@ def sinkhorn_divergence(
         regularization: eps as a share of the example's mean cost between x and y (a constant to the gradient); one eps
             for all three problems, so that the divergence of equal samples is 0.
         iterations: updates of the potentials of each problem.
+        distances: the cost, unchanged when both samples move by the same vector.
     """
     x, y = _promoted(x), _promoted(y)
     x_weights, y_weights = _log_uniform(x_mask, x.dtype), _log_uniform(y_mask, y.dtype)
@@ -89,11 +109,11 @@ def sinkhorn_divergence(
     centre = (y.detach() * y_weights.exp()[:, :, None]).sum(1, keepdim=True)
     x, y = x - centre, y - centre
     with torch.autocast(x.device.type, enabled=False):
-        cost = _squared_distances(x, y)
+        cost = distances(x, y)
         weights = x_weights.exp()[:, :, None] * y_weights.exp()[:, None, :]
         eps = regularization * (weights * cost.detach()).sum((1, 2)).clamp(min=1e-12)
-        within_x = _Problem(_squared_distances(x, x), x_weights, x_weights, eps)
-        within_y = _Problem(_squared_distances(y, y), y_weights, y_weights, eps)
+        within_x = _Problem(distances(x, x), x_weights, x_weights, eps)
+        within_y = _Problem(distances(y, y), y_weights, y_weights, eps)
         across = _Problem(cost, x_weights, y_weights, eps)
         x_potential, y_potential = within_x.self_potential(iterations), within_y.self_potential(iterations)
         # Where x lies like y this start is the answer, so the divergence of equal samples is 0 whatever the iterations.
@@ -132,7 +152,7 @@ class _Problem:
 
     @torch.no_grad()
     def self_potential(self, iterations: int) -> Tensor:
-        """The one potential ``[E, n]`` of a sample against itself; each mean of old and new halves the error or better."""
+        """The one potential ``[E, n]`` of a sample against itself; a mean of old and new halves the error or better."""
         potential = torch.zeros_like(self.column_weights)
         for _ in range(iterations):
             potential = (potential + self.rows(potential)) / 2
@@ -160,12 +180,6 @@ def _soft_minimum(cost: Tensor, potential: Tensor, log_weights: Tensor, eps: Ten
 def _log_uniform(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Log of the uniform distribution over existing rows, -inf at padding."""
     return mask.to(dtype).log() - mask.sum(-1, keepdim=True).to(dtype).log()
-
-
-def _squared_distances(u: Tensor, v: Tensor) -> Tensor:
-    """``[E, n, m]`` for ``u [E, n, F]`` and ``v [E, m, F]``."""
-    squares = u.square().sum(-1)[:, :, None] + v.square().sum(-1)[:, None, :]
-    return torch.baddbmm(squares, u, v.transpose(1, 2), alpha=-2).clamp_min(0)
 
 
 def _promoted(rows: Tensor) -> Tensor:
