@@ -56,6 +56,8 @@ def build_objective(
     student_tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedModel | None,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    pair_tokenizer: PairTokenizer,
 ) -> Objective:
     """The objective by name or settings, ready to train this pair.
 
@@ -82,6 +84,8 @@ def build_objective(
         if teacher is None or teacher_tokenizer is None
         else output_head(teacher, vocabulary_size(teacher_tokenizer)),
         teacher_tokenizer=teacher_tokenizer,
+        student_end_token_id=pair_tokenizer.student.end_token_id,
+        teacher_end_token_id=None if pair_tokenizer.teacher is None else pair_tokenizer.teacher.end_token_id,
         student_trunk=trunk_shape(student),
         teacher_trunk=None if teacher is None else trunk_shape(teacher),
     )

@@ -96,7 +96,9 @@ class DistillationTrainer(Trainer):
             teacher_template=args.teacher_template,
             max_length=args.max_length,
         )
-        built = build_objective(objective, student, student_tokenizer, teacher, teacher_tokenizer)
+        built = build_objective(
+            objective, student, student_tokenizer, teacher, teacher_tokenizer, pair_tokenizer=self.pair_tokenizer
+        )
         self.teacher: LiveTeacher | None = None
         if teacher is not None and teacher_tokenizer is not None:
             self.teacher = LiveTeacher(

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vocabridge.alignment import shared_vocabulary, token_bytes
+from vocabridge.objectives.base import ObjectiveSetup
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ColumnPairs:
@@ -35,6 +38,30 @@ def common_columns(size: int, student_end: int, teacher_end: int) -> ColumnPairs
     else:
         student[teacher_end] = student_end
     return ColumnPairs(student, teacher)
+
+
+def shared_columns(setup: ObjectiveSetup) -> ColumnPairs:
+    """The ids of all tokens whose bytes both vocabularies have, by ascending student id, then the two end tokens."""
+    assert setup.teacher_tokenizer is not None
+    shared = shared_vocabulary(setup.student_tokenizer, setup.teacher_tokenizer)
+    ends = setup.end_token_ids
+    is_text = (shared.student_ids != ends[0]) & (shared.teacher_ids != ends[1])  # some models end with a text token
+    student, teacher = (
+        torch.cat([torch.from_numpy(ids[is_text]), torch.tensor([end])])
+        for ids, end in zip((shared.student_ids, shared.teacher_ids), ends, strict=True)
+    )
+    return ColumnPairs(student, teacher)
+
+
+def byte_keys(setup: ObjectiveSetup) -> tuple[Tensor, Tensor]:
+    """A number for the bytes of each id, ``[V_s]`` and ``[V_t]``: equal where the bytes are; -1 for control tokens."""
+    assert setup.teacher_tokenizer is not None
+    known: dict[bytes, int] = {}
+    student, teacher = (
+        torch.tensor([-1 if piece is None else known.setdefault(piece, len(known)) for piece in token_bytes(tokenizer)])
+        for tokenizer in (setup.student_tokenizer, setup.teacher_tokenizer)
+    )
+    return student, teacher
 
 
 def take_columns(logits: Tensor, columns: Tensor) -> Tensor:
