@@ -6,7 +6,6 @@ from vocabridge.losses.distances import mmd_squared
 from vocabridge.matching.config import GanConfig
 from vocabridge.matching.gan import Discriminator, GanMatching
 from vocabridge.matching.layers import reverse_gradient
-from vocabridge.matching.term import MatchingTerm
 
 FEATURES = 8
 
@@ -16,14 +15,6 @@ def shifted_gaussians(seed=0, size=256):
     keys = torch.randn(size, FEATURES, generator=generator)
     inputs = torch.randn(size, FEATURES, generator=generator) + 2.0
     return inputs, keys
-
-
-def one_example(queries, keys):
-    rows = {
-        "query_rows": torch.zeros(len(queries), dtype=torch.long),
-        "key_rows": torch.zeros(len(keys), dtype=torch.long),
-    }
-    return rows | {"num_examples": 1}
 
 
 def train(*, train_discriminator, steps=200):
@@ -157,33 +148,3 @@ def test_dropout_zero_discriminator_against_the_formula():
     hidden = torch.where(hidden > 0, hidden, 0.1 * hidden)
     expected = discriminator.output.weight @ hidden + discriminator.output.bias
     torch.testing.assert_close(discriminator(x[None]), expected)
-
-
-def test_warmup_raises_the_weight_linearly():
-    term = MatchingTerm("mmd", FEATURES, weight=0.5, warmup_steps=4, gan=GanConfig())
-    weights = []
-    for step in (0, 1, 2, 4, 9):
-        term.set_step(step)
-        weights.append(term.weight)
-    assert weights == [0.0, 0.125, 0.25, 0.5, 0.5]
-
-
-def test_mmd_term_is_the_distance_times_the_tokens_and_pulls_queries_to_keys():
-    inputs, keys = shifted_gaussians(size=32)
-    queries = inputs.clone().requires_grad_(True)
-    term = MatchingTerm("mmd", FEATURES, weight=1.0, warmup_steps=0, gan=GanConfig())(
-        queries, keys, **one_example(queries, keys)
-    )["mmd"]
-    assert float(term.sum.detach()) == pytest.approx(32 * float(mmd_squared(inputs, keys)))
-    term.sum.backward()
-    with torch.no_grad():
-        assert float(mmd_squared(queries - 0.1 * queries.grad, keys)) < float(mmd_squared(inputs, keys))
-
-
-def test_accuracies_count_right_answers():
-    inputs, keys = shifted_gaussians(size=16)
-    term = MatchingTerm("gan", FEATURES, weight=1.0, warmup_steps=0, gan=GanConfig(hidden_size=4, dropout=0.0))
-    terms = term(inputs, keys, **one_example(inputs, keys))
-    logits = term.gan.discriminator(inputs)
-    assert int(terms["gan_queries"].metrics["discriminator_query_accuracy"].sum) == int((logits > 0).sum())
-    assert terms["gan_keys"].unit == "teacher_tokens"

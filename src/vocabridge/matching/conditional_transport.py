@@ -69,7 +69,7 @@ class Navigator(nn.Module):
         super().__init__()
         self.linear = nn.Linear(num_features, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.output_size)
-        self.log_sharpness = nn.Parameter(torch.tensor(math.log(START_SHARPNESS)))
+        self.log_sharpness = nn.Parameter(torch.full((1,), math.log(START_SHARPNESS)))
 
     def forward(self, features: Tensor) -> Tensor:
         """Unit vectors, one per row."""
