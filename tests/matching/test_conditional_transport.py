@@ -58,7 +58,7 @@ def cosine(u, v):
 
 def loop_costs(transport, queries, keys):
     """Both sums from the formula, one pair of positions at a time, with no gradient turned round."""
-    sharpness = transport.navigator.log_sharpness.exp()
+    sharpness = transport.navigator.log_sharpness.exp().squeeze()
     query_cost = key_cost = 0.0
     for own_queries, own_keys in zip(queries.split(QUERIES), keys.split(KEYS), strict=True):
         # Elements are measured in the root mean square of the example's keys.
