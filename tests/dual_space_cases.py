@@ -12,7 +12,7 @@ from vocabridge.objectives.base import ForwardPair, ObjectiveSetup
 CHUNKS = [
     # One example each: chunk of every student position, of every teacher position; -1 is none. The last has no chunk.
     ([0, 0, -1, 1, 2, 2, 2], [0, 1, 1, -1, 2]),
-    ([0, 1, 1, 2], [0, 0, 0, 1, 2, 2]),
+    ([0, 1, 1, 2], [0, 0, 0, 1, 2]),
     ([-1] * 5, [-1] * 3),
 ]
 ONE_TO_ONE = [(list(range(n)), list(range(n))) for n in (4, 6)]

@@ -1,6 +1,6 @@
 import torch
 
-from vocabridge.losses.cross_attention import Padding, attention_weights, scalar_std
+from vocabridge.losses.cross_attention import CrossAttention, Padding, attention_weights, position_distance, scalar_std
 
 
 def test_padding_round_trip_with_an_empty_example():
@@ -40,3 +40,26 @@ def test_scalar_std_against_torch():
     torch.testing.assert_close(per_example[0, 0], values[:2].std())
     torch.testing.assert_close(per_example[4, 0], values[2:].std())
     assert per_example.shape == (5, 1)
+
+
+def test_position_distance_counts_from_one_within_each_example():
+    student, teacher = Padding.of(torch.tensor([0, 0, 1]), 2), Padding.of(torch.tensor([0, 0, 0, 0, 1, 1]), 2)
+    distance = position_distance(student, teacher, dtype=torch.float64)
+    expected = torch.tensor([[0.25, 0.0, 0.25, 0.5], [0.75, 0.5, 0.25, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(distance[0], expected)
+    torch.testing.assert_close(distance[1, 0, :2], torch.tensor([0.5, 0.0], dtype=torch.float64))
+
+
+def test_cross_attention_covers_what_has_an_allowed_partner():
+    student, teacher = Padding.of(torch.tensor([0, 0, 1]), 2), Padding.of(torch.tensor([0, 1, 1]), 2)
+    scores = torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(0))
+    allowed = torch.tensor([[[False, True], [True, True]], [[False, True], [True, True]]])  # padding is not yet cut
+    attention = CrossAttention.of(scores, allowed, student=student, teacher=teacher)
+    assert attention.student_covered.tolist() == [False, True, True]
+    assert attention.teacher_covered.tolist() == [True, False, True]
+    values = torch.tensor([[1.0], [2.0], [5.0]])
+    torch.testing.assert_close(attention.to_student(values), torch.tensor([[0.0], [1.0], [5.0]]))
+    torch.testing.assert_close(attention.to_teacher(values), torch.tensor([[2.0], [0.0], [5.0]]))
+    everywhere = CrossAttention.of(scores, None, student=student, teacher=teacher)
+    assert everywhere.allowed.sum(dim=(1, 2)).tolist() == [2, 2]
+    assert bool(everywhere.student_covered.all())

@@ -50,7 +50,7 @@ def test_values_and_gradients_are_the_published_ones(golden, divergence):
 
 @pytest.mark.parametrize("vocabularies", [(5, 9), (9, 5)])
 def test_loss_and_gradients_against_loops(vocabularies):
-    case = cases.DualCase(vocabularies=vocabularies, seed=7)
+    case = cases.DualCase(vocabularies=vocabularies, seed=1)
     objective = build(case, temperature=1.5, kd_weight=0.7, score_scale=0.3)
     scores = [cases.attention_scores(case, objective, b, scale=0.3) for b in range(3)]
 

@@ -45,7 +45,7 @@ def test_weights_are_the_published_ones(golden):
 
 @pytest.mark.parametrize("vocabularies", [(5, 9), (9, 5)])
 def test_loss_and_gradients_against_loops(vocabularies):
-    case = cases.DualCase(vocabularies=vocabularies, seed=6)
+    case = cases.DualCase(vocabularies=vocabularies, seed=1)
     objective = build(case, temperature=1.5, kd_weight=0.7)
     terms = objective(case.pair, case.batch())
     right = terms["student_space"].metrics["t2s_accuracy"]

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+import dual_space_cases as cases
 from vocabridge.objectives.base import ObjectiveSetup
 from vocabridge.objectives.dskd_cma import Config, DskdCma
+from vocabridge.pairs import PairCollator, PairTokenizer
+from vocabridge.text import read_examples
 
 VALUE = {"rtol": 2e-5, "atol": 2e-6}
 GRADIENT = {"rtol": 2e-4, "atol": 5e-6}
@@ -241,7 +244,7 @@ def test_attention_and_loss_against_loops_in_float64(golden):
         values = teacher_hidden / teacher_hidden.std() + t_embed[t_out] / t_embed[t_out].std()
         queries = objective.query_projector(torch.cat([s_embed[s_in], s_embed[s_out]], -1))
         scores = torch.tensor(
-            [[float(q @ k) / math.sqrt(keys.shape[-1]) for k in keys] for q in queries], dtype=torch.float64
+            [[float((q @ k).detach()) / math.sqrt(keys.shape[-1]) for k in keys] for q in queries], dtype=torch.float64
         )
         for i in range(len(s_in)):
             attention = scores[i].softmax(-1)
@@ -257,7 +260,97 @@ def test_attention_and_loss_against_loops_in_float64(golden):
             p = (teacher_weight @ teacher_hidden[j] / 1.5).softmax(-1)
             q = (teacher_weight @ mixed / 1.5).softmax(-1)
             expected += 0.7 * (p * (p.log() - q.log())).sum()
-    assert float(sum(term.sum for term in terms.values())) == pytest.approx(float(expected), rel=1e-9)
+    assert float(sum(term.sum.detach() for term in terms.values())) == pytest.approx(float(expected.detach()), rel=1e-9)
+
+
+@pytest.mark.parametrize("vocabularies", [(5, 9), (9, 5)])
+def test_position_and_exact_pair_terms_against_loops(vocabularies):
+    case = cases.DualCase(vocabularies=vocabularies, seed=7)
+    config = Config(
+        query_start="random",
+        score_scale=0.3,
+        position_weight=4.0,
+        exact_pair_weight=0.6,
+        matching="none",
+        temperature=1.5,
+        kd_weight=0.7,
+    )
+    torch.manual_seed(0)
+    objective = DskdCma(config, cases.setup(*case.sizes)).double()
+    scores = [cases.attention_scores(case, objective, b, scale=0.3, position_weight=4.0) for b in range(3)]
+
+    def over_all(b, side, index, s_chunks, t_chunks):
+        others = range(len(t_chunks)) if side == 0 else range(len(s_chunks))
+        return cases.softmax_over({k: scores[b][index][k] if side == 0 else scores[b][k][index] for k in others})
+
+    exact = [(1, 3, 4)]  # (example, student position, teacher position) of the chunks of one token on either side
+    expected = cases.reference_loss(case, objective, over_all, temperature=1.5, kd_weight=0.7)
+    for b, i, j in exact:
+        expected = expected - 0.6 * over_all(b, 0, i, *case.chunks[b])[j].log()
+    terms = objective(case.pair, case.batch())
+    metrics = terms["student_space"].metrics
+    assert float(metrics["exact_pair_cross_entropy"].count) == 1
+    assert terms["exact_pairs"].is_auxiliary
+    loss = sum(term.weight * term.sum for term in terms.values())
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0.0)
+    ours, reference = (case.gradients(value, objective) for value in (3 * loss, 3 * expected))
+    assert ours.keys() == reference.keys() >= {"query_projector.weight", "hidden", "head"}
+    for name, gradient in reference.items():
+        assert float(gradient.abs().max()) > 0
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-11)
+    only = case.gradients(objective(case.pair, case.batch())["exact_pairs"].sum, objective)
+    reached = {name.split(".")[0] for name, gradient in only.items() if float(gradient.abs().max()) > 0}
+    assert reached == {"query_projector"}
+
+
+def test_no_exact_pair_gives_an_exact_zero_with_a_gradient_path():
+    case = cases.DualCase([([0, 0, -1], [0, -1])])
+    config = Config(query_start="random", exact_pair_weight=1.0, matching="none")
+    objective = DskdCma(config, cases.setup(*case.sizes)).double()
+    term = objective(case.pair, case.batch())["exact_pairs"]
+    assert float(term.sum.detach()) == 0.0
+    assert float(case.gradients(term.sum, objective)["query_projector.weight"].abs().max()) == 0.0
+
+
+def test_position_term_tells_repeated_tokens_apart(tiny_bpe_tokenizer):
+    """Equal tokenizers and rotated embeddings: the closed form is exact up to repetitions, which need the position."""
+    tokenizer = tiny_bpe_tokenizer
+    student = nn.Embedding.from_pretrained(torch.randn(len(tokenizer), 8, generator=torch.Generator().manual_seed(0)))
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1))).Q
+    teacher = nn.Embedding.from_pretrained(student.weight @ rotation)
+    rows = [{"prompt": "Sing.", "response": "la la la the fox jumps la la the fox jumps la la la the fox"}]
+    tokenize = PairTokenizer(tokenizer, tokenizer, max_length=128)
+    batch = PairCollator(tokenizer.pad_token_id, tokenizer.pad_token_id)(
+        [tokenize(example) for example in read_examples(rows)]
+    )
+    located = {}
+    for weight in (0.0, 0.5):
+        setup = ObjectiveSetup(
+            student_hidden_size=8,
+            student_embedding=student,
+            student_tokenizer=tokenizer,
+            student_head=None,
+            teacher_hidden_size=8,
+            teacher_embedding=teacher,
+            teacher_tokenizer=tokenizer,
+        )
+        objective = DskdCma(Config(position_weight=weight, matching="none"), setup)
+        located[weight] = objective.probe(batch, student, teacher)
+    assert located[0.0]["exact_pair_accuracy"] < 0.7
+    assert located[0.5]["exact_pair_accuracy"] == 1.0
+    assert located[0.5]["exact_pair_cross_entropy"] < located[0.0]["exact_pair_cross_entropy"]
+
+
+@pytest.mark.parametrize("matching", ["conditional_transport", "sinkhorn", "energy", "coral", "mmd"])
+def test_every_kind_of_matching_pulls_at_the_queries_only(matching):
+    case = cases.DualCase(cases.ONE_TO_ONE)
+    objective = DskdCma(Config(query_start="random", matching=matching), cases.setup(*case.sizes)).double()
+    terms = objective(case.pair, case.batch())
+    own = [term.weight * term.sum for name, term in terms.items() if name not in ("student_space", "teacher_space")]
+    gradients = case.gradients(sum(own), objective)
+    reached = {name.split(".")[0] for name, gradient in gradients.items() if float(gradient.abs().max()) > 0}
+    assert "query_projector" in reached
+    assert reached <= {"query_projector", "matching"}
 
 
 def test_unused_settings_are_refused():
@@ -265,3 +358,5 @@ def test_unused_settings_are_refused():
         Config(query_normalize="scalar")
     with pytest.raises(ValueError, match="gan settings have no effect"):
         Config(matching="mmd", gan={"hidden_size": 3})
+    with pytest.raises(ValueError, match="transport settings iterations have no effect"):
+        Config(matching="gan", transport={"iterations": 3})
