@@ -19,8 +19,10 @@ A distillation loss on full logits holds about six ``[N, V]`` tensors in float32
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -103,6 +105,7 @@ def chunked_head_loss(
     weights: Sequence[float],
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     mode: Literal["one_pass", "checkpoint"] = "one_pass",
+    group_starts: Sequence[int] | None = None,
 ) -> ChunkedLoss:
     """Sum row losses over all rows without holding all logits.
 
@@ -113,6 +116,8 @@ def chunked_head_loss(
         weights: factor of each loss in ``total``; a loss of weight 0 is only reported.
         chunk_bytes: bound on the logits-sized tensors of one chunk, all inputs together.
         mode: ``one_pass``, or ``checkpoint`` where row_losses reads trained parameters.
+        group_starts: first rows of groups, ascending from 0, that no chunk may part: row_losses sees whole groups, in
+            order, and may then let the losses of a group depend on all its rows. None: every row is its own group.
 
     Returns:
         Sums in float32 (float64 if the inputs are). With zero rows they are 0 and gradients are zeros.
@@ -121,6 +126,8 @@ def chunked_head_loss(
         RuntimeError: in ``one_pass`` mode the loss depends on something trained other than inputs and rows.
     """
     chunks = _row_chunks(inputs, rows, chunk_bytes)
+    if group_starts:
+        chunks = _whole_groups(chunks, group_starts)
     if mode == "checkpoint":
         return _checkpointed(row_losses, inputs, rows, weights, chunks)
     return _one_pass(row_losses, inputs, rows, weights, chunks)
@@ -162,6 +169,17 @@ def _row_chunks(inputs: Sequence[HeadInput], rows: Sequence[Tensor], chunk_bytes
     assert all(len(item.hidden) == num_rows for item in inputs), [len(item.hidden) for item in inputs]
     assert all(len(row) == num_rows for row in rows), (num_rows, [len(row) for row in rows])
     return _chunks(num_rows, chunk_bytes // _bytes_per_row(inputs))
+
+
+def constant_logits(head: HeadInput) -> Callable[[slice], Tensor]:
+    """``rows -> logits [n, V]`` of ``head`` without gradient, cast once to what autocast is now."""
+    (operand,) = _cast_once([replace(head, hidden=head.hidden.detach(), train_head=False)])
+
+    def logits_of(rows: slice) -> Tensor:
+        with torch.no_grad():
+            return _chunk_logits(operand, rows)
+
+    return logits_of
 
 
 @torch.no_grad()
@@ -425,3 +443,9 @@ def _chunks(num_rows: int, max_rows: int) -> list[slice]:
     num_chunks = max(1, math.ceil(num_rows / max(1, max_rows)))
     size = max(1, math.ceil(num_rows / num_chunks))
     return [slice(start, min(start + size, num_rows)) for start in range(0, max(1, num_rows), size)]
+
+
+def _whole_groups(chunks: Sequence[slice], group_starts: Sequence[int]) -> list[slice]:
+    """The chunks with each border moved to the first row of the group that it parts."""
+    starts = {group_starts[bisect_right(group_starts, chunk.start) - 1] for chunk in chunks}
+    return [slice(start, stop) for start, stop in pairwise([*sorted(starts), chunks[-1].stop])]
