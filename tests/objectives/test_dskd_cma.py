@@ -3,9 +3,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import dual_space_cases as cases
-from vocabridge.objectives.base import ObjectiveSetup
+from tiny_pair import ROWS, student_model
+from vocabridge.models.forward import forward_side, teacher_side
+from vocabridge.objectives.base import ForwardPair, ObjectiveSetup
 from vocabridge.objectives.dskd_cma import Config, DskdCma
 from vocabridge.pairs import PairCollator, PairTokenizer
 from vocabridge.text import read_examples
@@ -339,6 +342,38 @@ def test_position_term_tells_repeated_tokens_apart(tiny_bpe_tokenizer):
     assert located[0.0]["exact_pair_accuracy"] < 0.7
     assert located[0.5]["exact_pair_accuracy"] == 1.0
     assert located[0.5]["exact_pair_cross_entropy"] < located[0.0]["exact_pair_cross_entropy"]
+
+
+def test_a_gpt2_teacher_works(tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
+    """Published: looks for its embedding under a name that GPT-2 does not have, and crashes."""
+    student, tokenizers = (
+        student_model(tiny_sentencepiece_tokenizer),
+        (tiny_sentencepiece_tokenizer, tiny_bpe_tokenizer),
+    )
+    config = GPT2Config(vocab_size=len(tiny_bpe_tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=128)
+    teacher = GPT2LMHeadModel(config).eval()
+    tokenize = PairTokenizer(*tokenizers, max_length=128)
+    batch = PairCollator(*(tokenizer.pad_token_id for tokenizer in tokenizers))(
+        [tokenize(example) for example in read_examples(ROWS[:2])]
+    )
+    setup = ObjectiveSetup(
+        student_hidden_size=32,
+        student_embedding=student.get_input_embeddings(),
+        student_tokenizer=tokenizers[0],
+        student_head=None,
+        teacher_hidden_size=16,
+        teacher_embedding=teacher.get_input_embeddings(),
+        teacher_tokenizer=tokenizers[1],
+    )
+    fields = ("input_ids", "attention_mask", "labels")
+    pair = ForwardPair(
+        forward_side(student, *(batch[field] for field in fields)),
+        teacher_side(teacher, *(batch[f"teacher_{field}"] for field in fields)),
+    )
+    loss = total(DskdCma(Config(), setup)(pair, batch), 1, 1)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert float(student.get_input_embeddings().weight.grad.abs().max()) > 0
 
 
 @pytest.mark.parametrize("matching", ["conditional_transport", "sinkhorn", "energy", "coral", "mmd"])

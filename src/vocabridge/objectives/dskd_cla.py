@@ -33,9 +33,7 @@ class Config(CrossAttentionConfig):
     """Settings of DSKD-CLA; the paper's values except for the query start."""
 
     paper: ClassVar[str] = "DSKD-CLA, ICASSP 2026, arXiv 2603.22056 (DSKD: arXiv 2406.17328)"
-    use_when: ClassVar[str] = (
-        "as dskd_cma, where attention may not leave the bytes that both tokenizers share a span of"
-    )
+    use_when: ClassVar[str] = "as dskd_cma, where attention must not stray from the bytes that a position predicts"
 
 
 class DskdCla(CrossModelAttention):

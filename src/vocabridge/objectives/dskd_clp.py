@@ -36,6 +36,7 @@ class Config(DualSpaceConfig):
     """Settings of DSKD-CLP; the paper's values."""
 
     paper: ClassVar[str] = "DSKD-CLP, ICASSP 2026, arXiv 2603.22056 (DSKD: arXiv 2406.17328)"
+    needs: ClassVar[tuple[str, ...]] = ("teacher", "chunks")
     use_when: ClassVar[str] = "the tokenizers differ and a dual-space method without attention to train is wanted"
 
 

@@ -4,18 +4,24 @@ Zhang et al. 2024, arXiv 2406.17328 (DSKD, CMA); "Dual-Space Knowledge Distillat
 Language Models with Vocabulary Mismatch", ICASSP 2026, arXiv 2603.22056 (the GA term).
 
 Student positions i (last hidden h_i, input token x_i, label y_i), teacher positions j (h'_j, x'_j, y'_j); E, E' input
-embeddings (constants), W, W' heads, d, D hidden sizes, sd one scalar standard deviation, sg stop-gradient:
+embeddings (constants), W, W' heads, d, D hidden sizes, sd one scalar standard deviation, sg stop-gradient; positions
+i = 1..n and j = 1..m of one example:
 
     queries Q_i = P_q [E(x_i); E(y_i)]            keys K_j = [E'(x'_j); E'(y'_j)] / sd
-    A = softmax_j(scale Q K^T)                    z_ts = A P_ts(h'/sd + E'(y')/sd) sg(W)^T
-    A' = softmax_i((scale Q K^T)^T)               z_st = A' P_st(h) W'^T
+    S_ij = scale (Q_i . K_j - position_weight |j/m - i/n|)
+    A = softmax_j(S)                              z_ts = A P_ts(h'/sd + E'(y')/sd) sg(W)^T
+    A' = softmax_i(S^T)                           z_st = A' P_st(h) W'^T
     kd = CE(z_ts, y) + [argmax z_ts = y] D(z, sg(z_ts)) + KL(softmax z' || softmax z_st)
-    L = (1 - kd_weight) CE(z, y) + kd_weight kd + matching_weight * matching(Q, K)
+    L = (1 - kd_weight) CE(z, y) + kd_weight kd + matching_weight matching(Q, K)
+        + exact_pair_weight sum of -log A_ij over exact pairs (i, j), chunks of one token on either side
 
 What we do differently, and why:
 - ``query_start: closed_form`` (default): P_q starts as the orthogonal map between the two embedding spaces fitted on
   tokens with identical bytes, on centred unit-length embeddings, for queries and keys alike. The attention then finds
   the exact partner of most tokens before any training; a random start finds about one in a hundred.
+- ``position_weight`` and ``exact_pair_weight`` (0 as published) are ours. Token embeddings cannot tell the repetitions
+  of a token apart; on SmolLM2-135M and Gemma-3-270M the closed-form start finds the partner of 83 % of exact pairs,
+  with position_weight 0.5 of 98 %. With a random start and its flat scale the position term does nothing.
 - sd is taken per example (``statistics: example``), so gradient accumulation is exact; ``batch`` is the published form.
 - Padding and prompts never enter an attention, a statistic or the matching term.
 - No T^2 factor on divergences and no gradient into W through z_ts, as published.
@@ -48,7 +54,7 @@ class Config(CrossAttentionConfig):
     """Settings of DSKD-CMA; the paper's values except for the query start."""
 
     paper: ClassVar[str] = "DSKD-CMA-GA, ICASSP 2026, arXiv 2603.22056 (DSKD: arXiv 2406.17328)"
-    needs: ClassVar[tuple[str, ...]] = ("teacher", "tokenizers", "chunks")
+    needs: ClassVar[tuple[str, ...]] = ("teacher", "tokenizers")
     use_when: ClassVar[str] = "the tokenizers differ and the whole teacher distribution should reach the student"
 
     position_weight: float = Field(0.0, ge=0)
