@@ -12,7 +12,7 @@ from rapidfuzz.distance import Levenshtein
 
 from vocabridge.alignment.dtw import warping_path
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "dtw_mined_A.json"
+GOLDEN = Path(__file__).parent.parent / "golden" / "case_mined_A.json"
 
 
 def textbook(costs: np.ndarray) -> list[tuple[int, int]]:
@@ -75,7 +75,7 @@ def test_unsigned_costs_do_not_wrap() -> None:
 
 
 def test_published_paths() -> None:
-    cases = json.loads(GOLDEN.read_text())
+    cases = json.loads(GOLDEN.read_text())["dtw"]
     assert len(cases) == 3
     for case in cases:
         teacher, student = (

@@ -1,0 +1,297 @@
+"""Minimum edit distance alignment against loops in float64, and the published defects that it must not have."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tokenizer_zoo
+from tiny_pair import ROWS
+from vocabridge.alignment import inverse_nearest_tokens, nearest_tokens, token_bytes
+from vocabridge.losses.divergences import forward_kl
+from vocabridge.models.forward import SideForward
+from vocabridge.models.heads import OutputHead
+from vocabridge.objectives.base import ForwardPair, ObjectiveSetup
+from vocabridge.objectives.mined import Config, Mined
+from vocabridge.pairs import PairCollator, PairTokenizer
+from vocabridge.text import read_examples
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def tokenizers(names):
+    return [getattr(tokenizer_zoo, name)() for name in names]
+
+
+BOTH_WAYS = [("byte_level_bpe", "sentencepiece_bpe"), ("sentencepiece_bpe", "byte_level_bpe")]
+
+
+class World:
+    """Random hidden states of both sides for the rows of the tiny pair."""
+
+    def __init__(self, names, *, hidden=(5, 7), dtype=torch.float64, **settings):
+        self.tokenizers = tokenizers(names)
+        pair = PairTokenizer(*self.tokenizers, max_length=128)
+        pairs = [pair(example) for example in read_examples(ROWS)]
+        self.batch = PairCollator(*(tokenizer.pad_token_id for tokenizer in self.tokenizers))(pairs)
+        generator = torch.Generator().manual_seed(0)
+        self.sides = [
+            self._side(prefix, tokenizer, size, generator, dtype)
+            for prefix, tokenizer, size in zip(("", "teacher_"), self.tokenizers, hidden, strict=True)
+        ]
+        self.setup = ObjectiveSetup(
+            student_hidden_size=hidden[0],
+            student_embedding=torch.nn.Embedding(1, 1),
+            student_tokenizer=self.tokenizers[0],
+            student_head=self.sides[0].head,
+            teacher_head=self.sides[1].head,
+            teacher_tokenizer=self.tokenizers[1],
+        )
+        self.objective = Mined(Config(**settings), self.setup)
+
+    def _side(self, prefix, tokenizer, size, generator, dtype):
+        labels = self.batch[f"{prefix}labels"]
+        rows, positions = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+        vocabulary = len(token_bytes(tokenizer))
+        weight = torch.randn(vocabulary, size, generator=generator, dtype=dtype)
+        hidden = torch.randn(len(rows), size, generator=generator, dtype=dtype)
+        is_student = not prefix
+        return SideForward(
+            hidden_states=hidden.requires_grad_(is_student),
+            input_ids=self.batch[f"{prefix}input_ids"][rows, positions],
+            labels=labels[rows, positions + 1],
+            rows=rows,
+            head=OutputHead(weight.requires_grad_(is_student), None, None, 1.0),
+            embedding=torch.nn.Embedding(1, 1),
+        )
+
+    def term(self):
+        return self.objective(ForwardPair(*self.sides), self.batch)["mined"]
+
+    def leaves(self):
+        return [self.sides[0].hidden_states, self.sides[0].head.weight]
+
+
+def positions_of_rows(side):
+    return [[i for i, row in enumerate(side.rows.tolist()) if row == wanted] for wanted in range(len(ROWS))]
+
+
+def single_token_chunks(world):
+    """Pairs whose chunk has one position on both sides, by loops."""
+    student, teacher = (positions_of_rows(side) for side in world.sides)
+    pairs = {}
+    for row in range(len(ROWS)):
+        mine = world.batch["chunk_ids"][row].tolist()
+        theirs = world.batch["teacher_chunk_ids"][row].tolist()
+        for chunk in set(mine) - {-1}:
+            if mine.count(chunk) == theirs.count(chunk) == 1:
+                pairs[student[row][mine.index(chunk)]] = teacher[row][theirs.index(chunk)]
+    return pairs
+
+
+def edit_distance(left, right):
+    row = list(range(len(right) + 1))
+    for i, char in enumerate(left, start=1):
+        previous, row[0] = row[0], i
+        for j, other in enumerate(right, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (char != other))
+    return row[-1]
+
+
+def warped_pairs(world):
+    """The published pairing, over labels: teacher first; ties go to the diagonal, then to the teacher's step."""
+    spelling = [
+        ["" if data is None else data.decode("utf-8", "surrogateescape").replace(" ", "") for data in token_bytes(one)]
+        for one in world.tokenizers
+    ]
+    forward = nearest_tokens(world.tokenizers[1], world.tokenizers[0]).tolist()
+    forward[world.tokenizers[1].eos_token_id] = world.tokenizers[0].eos_token_id
+    pairs = {}
+    for mine, theirs in zip(*(positions_of_rows(side) for side in world.sides), strict=True):
+        student, teacher = (
+            [int(side.labels[i]) for i in positions]
+            for side, positions in zip(world.sides, (mine, theirs), strict=True)
+        )
+        table = {(-1, -1): 0}
+        for j, their_label in enumerate(teacher):
+            for i, my_label in enumerate(student):
+                before = min(table.get(cell, math.inf) for cell in ((j - 1, i - 1), (j - 1, i), (j, i - 1)))
+                table[j, i] = before + edit_distance(spelling[1][their_label], spelling[0][my_label])
+        partners = {i: [] for i in range(len(student))}
+        cell = (len(teacher) - 1, len(student) - 1)
+        while cell != (-1, -1):
+            j, i = cell
+            partners[i].append(j)
+            cell = min(((j - 1, i - 1), (j - 1, i), (j, i - 1)), key=lambda other: table.get(other, math.inf))
+        for i, found in partners.items():
+            if len(found) == 1 and forward[teacher[found[0]]] == student[i]:
+                pairs[mine[i]] = theirs[found[0]]
+    return pairs
+
+
+def expected(world, pairs, *, kd_weight, temperature):
+    """Loops over positions and student tokens, from the formula."""
+    student, teacher = world.sides
+    sources = inverse_nearest_tokens(*world.tokenizers).tolist()
+    ends = [tokenizer.eos_token_id for tokenizer in world.tokenizers]
+    sources = [-1 if source == ends[1] else source for source in sources]
+    sources[ends[0]] = ends[1]
+    total = 0
+    for i, label in enumerate(student.labels.tolist()):
+        logits = student.head.weight @ student.hidden_states[i]
+        log_probs = (logits / temperature) - (logits / temperature).logsumexp(0)
+        total = total - (1 - kd_weight) * (logits[label] - logits.logsumexp(0))
+        if i not in pairs:
+            total = total - kd_weight * log_probs[label]
+            continue
+        theirs = (teacher.head.weight @ teacher.hidden_states[pairs[i]]) / temperature
+        known = [v for v, source in enumerate(sources) if source >= 0]
+        weights = torch.stack([theirs[sources[v]] for v in known]).softmax(0)
+        total = total + kd_weight * (weights * (weights.log() - log_probs[known])).sum()
+    return total
+
+
+@pytest.mark.parametrize("names", BOTH_WAYS)
+@pytest.mark.parametrize(("alignment", "find"), [("chunks", single_token_chunks), ("dtw", warped_pairs)])
+def test_loss_and_gradients_by_loops(names, alignment, find):
+    world = World(names, alignment=alignment, kd_weight=0.3, temperature=1.7)
+    pairs = find(world)
+    count = len(world.sides[0].labels)
+    assert 20 < len(pairs) < count - 5
+    term = world.term()
+    assert float(term.metrics["coverage"].sum) == len(pairs)
+    assert term.count == count
+    reference = expected(world, pairs, kd_weight=0.3, temperature=1.7)
+    torch.testing.assert_close(term.sum, reference, rtol=1e-10, atol=0)
+    actual, wanted = (torch.autograd.grad(3 * loss, world.leaves()) for loss in (term.sum, reference))
+    for mine, other in zip(actual, wanted, strict=True):
+        assert float(other.abs().max()) > 0.1
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("alignment", ["chunks", "dtw"])
+def test_equal_tokenizers_are_plain_distillation(alignment):
+    world = World(["byte_level_bpe", "byte_level_bpe"], alignment=alignment, kd_weight=1.0, temperature=2.0)
+    student, _ = world.sides
+    control = {*world.tokenizers[0].all_special_ids} - {world.tokenizers[0].eos_token_id}
+    assert {i for i, known in enumerate(world.objective.has_source.tolist()) if not known} <= control
+    logits = [side.hidden_states @ side.head.weight.T for side in world.sides]
+    missing = (~world.objective.has_source).nonzero().squeeze(1)
+    theirs = logits[1].index_fill(1, missing, -torch.inf)
+    torch.testing.assert_close(world.term().sum, forward_kl(logits[0], theirs, temperature=2.0).sum())
+    assert float(world.term().metrics["coverage"].sum) == len(student.labels)
+
+
+@pytest.mark.parametrize("alignment", ["chunks", "dtw"])
+def test_agreeing_models_have_no_loss_and_no_gradient(alignment):
+    world = World(["byte_level_bpe", "byte_level_bpe"], hidden=(6, 6), alignment=alignment, kd_weight=1.0)
+    assert bool(world.objective.has_source[world.tokenizers[0].pad_token_id])
+    student, teacher = world.sides
+    with torch.no_grad():
+        student.hidden_states.copy_(teacher.hidden_states)
+        student.head.weight.copy_(teacher.head.weight)
+    world.objective.has_source.fill_(True)
+    world.objective.sources.copy_(torch.arange(len(world.objective.sources)))
+    term = world.term()
+    assert float(term.sum.detach()) == pytest.approx(0, abs=1e-12)
+    for gradient in torch.autograd.grad(term.sum, world.leaves()):
+        assert float(gradient.abs().max()) < 1e-12
+
+
+def test_the_students_logits_are_not_overwritten():
+    """In float32 the released code builds the teacher's rows in the student's memory: loss 0, wrong cross-entropy."""
+    world = World(BOTH_WAYS[0], kd_weight=0.5, alignment="dtw", dtype=torch.float32)
+    student, _ = world.sides
+    before = student.hidden_states.detach().clone(), student.head.weight.detach().clone()
+    term = world.term()
+    logits = student.hidden_states @ student.head.weight.T
+    exact = torch.nn.functional.cross_entropy(logits, student.labels, reduction="sum").detach()
+    torch.testing.assert_close(term.metrics["cross_entropy"].sum, exact)
+    assert float(term.metrics["divergence"].sum) > 1
+    assert torch.equal(before[0], student.hidden_states)
+    assert torch.equal(before[1], student.head.weight)
+
+
+def test_tokens_without_a_source_get_no_mass():
+    """No -1e5: with a hot enough temperature the published constant would leak mass; here q is exactly 0 there."""
+    world = World(BOTH_WAYS[0], kd_weight=1.0, temperature=1e6)
+    assert single_token_chunks(world)
+    missing = (~world.objective.has_source).nonzero().squeeze(1)
+    assert len(missing) > 50
+    (gradient,) = torch.autograd.grad(world.term().sum, world.sides[0].head.weight)
+    # d/dz_v = (p_v - q_v) / T, with p_v = 1 / V at this temperature and q_v = 0, for paired and unpaired rows alike.
+    hidden = world.sides[0].hidden_states
+    is_label = torch.isin(missing, world.sides[0].labels)
+    wanted = hidden.detach().sum(0) / len(world.objective.sources) / 1e6
+    torch.testing.assert_close(gradient[missing[~is_label]], wanted.expand((~is_label).sum(), -1), rtol=1e-3, atol=0)
+
+
+def test_published_rows():
+    """The released code's rows on its own pairs and map (batch A, without its bug in float32): value and gradient.
+
+    Its pairing over input tokens is not reproduced; its paths are, in tests/alignment/test_dtw.py.
+    """
+    tensors = load_file(GOLDEN / "case_mined_A.safetensors")
+    published = json.loads((GOLDEN / "case_mined_A.json").read_text())
+    hidden = tensors["in.student_hidden"].requires_grad_(True)
+    objective = World(BOTH_WAYS[0], temperature=2.0).objective
+    sources = torch.full((97,), -1)
+    sources[tensors["out.stu2tea_student_ids"]] = tensors["out.stu2tea_teacher_ids"][:, 0]
+    objective.sources, objective.has_source = sources.clamp(min=0), sources >= 0
+    total, num_paired = 0.0, 0
+    for row, path in enumerate(published["dtw"]):
+        mine = (tensors["in.student_labels"][row] != -100).nonzero().squeeze(1).tolist()
+        theirs = (tensors["in.teacher_labels"][row] != -100).nonzero().squeeze(1).tolist()
+        for position, partners in zip(mine, path["student_to_teacher"], strict=True):
+            logits = (hidden[row, position] @ tensors["in.student_lm_head_weight"].T)[None]
+            labels = (tensors["in.student_labels"][row, position][None],)
+            if tensors["out.one_hot_rows"][row, position]:
+                losses, _ = objective._unpaired_rows((logits,), labels)
+            else:
+                teacher_logits = tensors["in.teacher_logits"][row, theirs[partners[0]]][None]
+                losses, _ = objective._paired_rows((logits, teacher_logits), labels)
+                num_paired += 1
+            total = total + losses[1].sum()
+    assert num_paired == 17
+    torch.testing.assert_close(total.item(), published["scalars"]["kd_loss"], rtol=2e-5, atol=0)
+    (gradient,) = torch.autograd.grad(total, hidden)
+    torch.testing.assert_close(gradient, tensors["grad.kd.student_hidden"], rtol=2e-4, atol=5e-6)
+
+
+def test_end_tokens_pair_by_role_under_a_template_of_its_own():
+    student, teacher = tokenizers(BOTH_WAYS[0])
+    head = SimpleNamespace(weight=torch.zeros(len(token_bytes(student)), 1))
+    setup = ObjectiveSetup(
+        student_hidden_size=1,
+        student_embedding=torch.nn.Embedding(1, 1),
+        student_tokenizer=student,
+        student_head=head,
+        teacher_tokenizer=teacher,
+        student_end_token_id=student.bos_token_id,
+        teacher_end_token_id=teacher.eos_token_id,
+    )
+    sources = Mined(Config(), setup)
+    assert sources.sources[student.bos_token_id] == teacher.eos_token_id
+    known = sources.sources[sources.has_source].tolist()
+    assert len(known) == len(set(known)), "a teacher token would be counted twice"
+    assert not sources.has_source[student.eos_token_id]
+
+
+@pytest.mark.parametrize("alignment", ["chunks", "dtw"])
+def test_no_pair_leaves_cross_entropy_and_warns(alignment, caplog):
+    world = World(BOTH_WAYS[0], alignment=alignment, kd_weight=0.5, temperature=1.0)
+    world.batch["chunk_ids"] = torch.full_like(world.batch["chunk_ids"], -1)
+    world.batch["teacher_chunk_ids"] = torch.full_like(world.batch["teacher_chunk_ids"], -1)
+    if alignment == "dtw":
+        world.objective._student_ids[:] = -1
+    term = world.term()
+    logits = world.sides[0].hidden_states @ world.sides[0].head.weight.T
+    exact = torch.nn.functional.cross_entropy(logits, world.sides[0].labels, reduction="sum")
+    torch.testing.assert_close(term.sum, exact)
+    assert "none of the" in caplog.text
