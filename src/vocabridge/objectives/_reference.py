@@ -1,0 +1,35 @@
+"""Cross-entropy on the reference, for objectives whose distillation part reads no logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from vocabridge.losses.chunked_head import chunked_head_loss
+from vocabridge.models.forward import SideForward
+from vocabridge.objectives.base import Ratio, head_input
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReferenceLoss:
+    """Sums over a micro-batch."""
+
+    total: Tensor
+    """Scalar, differentiable, weighted."""
+    metrics: Mapping[str, Ratio]
+
+
+def reference_loss(student: SideForward, weight: float) -> ReferenceLoss:
+    """``weight`` times the cross-entropy of all supervised student positions; the head is applied once."""
+
+    def rows(logits: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        right = logits[0].detach().argmax(-1) == given[0]
+        return [cross_entropy(logits[0], given[0], reduction="none")], [right.float()]
+
+    count = student.labels.shape[0]
+    result = chunked_head_loss(rows, [head_input(student)], [student.labels], weights=[weight])
+    metrics = {"cross_entropy": Ratio(result.sums[0], count), "student_accuracy": Ratio(result.metrics[0], count)}
+    return ReferenceLoss(result.total, metrics)
