@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """``logits / temperature``, without a copy at temperature 1."""
+    return logits if temperature == 1.0 else logits / temperature
+
+
 def sorted_l1(student: Tensor, teacher: Tensor) -> Tensor:
     """Rank-by-rank L1 distance of every row; the gradient reaches the student only.
 

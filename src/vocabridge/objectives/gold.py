@@ -45,7 +45,7 @@ from vocabridge.losses.chunk_merge import log_prefix, mass_jsd, prefix_positions
 from vocabridge.losses.chunk_rows import ChunkRows, Ranges, chunk_rows
 from vocabridge.losses.chunked_head import head_rows
 from vocabridge.losses.paired_rows import paired_rows_loss
-from vocabridge.losses.sorted_rows import sorted_l1
+from vocabridge.losses.sorted_rows import sorted_l1, tempered
 from vocabridge.models.forward import SideForward
 from vocabridge.objectives._columns import take_columns
 from vocabridge.objectives.base import (
@@ -154,15 +154,15 @@ class Gold(Objective):
         positions = prefix_positions(ranges)
 
         def label_log_probs(logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> Tensor:
-            tempered = logits[0] / self.config.temperature
-            return tempered.gather(1, rows[0][:, None]).squeeze(1) - tempered.logsumexp(-1)
+            scores = tempered(logits[0], self.config.temperature)
+            return scores.gather(1, rows[0][:, None]).squeeze(1) - scores.logsumexp(-1)
 
         inputs = [head_input(side, side.hidden_states[positions])]
         return log_prefix(head_rows(label_log_probs, inputs, [side.labels[positions]]), positions, ranges)
 
     def _rows(self, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         student, teacher = (
-            (side / self.config.temperature).log_softmax(-1) + prefix[:, None]
+            tempered(side, self.config.temperature).log_softmax(-1) + prefix[:, None]
             for side, prefix in zip(logits, rows[:2], strict=True)
         )
         same, merged = rows[2].nonzero().squeeze(1), (~rows[2]).nonzero().squeeze(1)

@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vocabridge.losses.paired_rows import paired_rows_loss
-from vocabridge.losses.sorted_rows import sorted_l1
+from vocabridge.losses.sorted_rows import sorted_l1, tempered
 from vocabridge.objectives._row_pairs import row_pairs
 from vocabridge.objectives.base import (
     ForwardPair,
@@ -88,5 +88,5 @@ class UniversalLogitDistillation(Objective):
         return {"uld": LossTerm(loss.total, count, metrics=metrics)}
 
     def _rows(self, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        student, teacher = ((side / self.config.temperature).softmax(-1) for side in logits)
+        student, teacher = (tempered(side, self.config.temperature).softmax(-1) for side in logits)
         return [sorted_l1(student, teacher)], []
