@@ -95,9 +95,10 @@ class PairedSpaceConfig(DivergenceConfig):
     cost: ClassVar[Cost] = "both heads twice"
 
     projector_start: Literal["random", "pseudo_inverse"] = "pseudo_inverse"
-    """``pseudo_inverse`` starts projectors where projected states give logits nearest those before, on shared tokens."""
+    """``pseudo_inverse``: projected states begin with the logits nearest those before, over shared tokens."""
     t2s_target: Literal["label", "teacher_argmax"] = "teacher_argmax"
-    """What the projected teacher shall predict in the student's space; its divergence counts where it does."""
+    """What the projected teacher shall predict. ``teacher_argmax``: what the teacher does; where it fails in that, the
+    divergence from it is left out."""
     teacher_space_projector: Literal["learned", "recomputed"] = "recomputed"
     """From student to teacher: trained, or computed anew from the student's present head."""
     recompute_every: int = Field(10, ge=1)
