@@ -19,6 +19,9 @@ ROWS = [
     {"prompt": "Qui apprend?\n", "response": "Les élèves apprennent à l'école."},
 ]
 
+OBJECTIVE_SETTINGS: dict[str, dict[str, object]] = {"dskd_cma": {"gan": {"hidden_size": 16}}}
+"""Instead of an objective's defaults, where those are larger than the vocabularies of the tests."""
+
 
 def student_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
     torch.manual_seed(seed)

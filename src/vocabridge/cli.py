@@ -143,12 +143,17 @@ def objectives() -> None:
     """List the objectives that a recipe can name."""
     from vocabridge.objectives import objective_info, objective_names
 
-    table = Table("name", "what it does", "needs", "use it for", "paper", show_lines=True)
+    table = Table("name", "what it does", "needs", "heads per step", "use it when", "paper", show_lines=True)
     for name in objective_names():
         info = objective_info(name)
         config = info.config_class
         table.add_row(
-            f"[bold]{name}[/]", info.summary, ", ".join(config.needs) or "-", config.use_when, config.paper or "-"
+            f"[bold]{name}[/]",
+            info.summary,
+            ", ".join(config.needs) or "-",
+            config.cost,
+            config.use_when,
+            config.paper or "-",
         )
     Console().print(table)
 

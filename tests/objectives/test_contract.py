@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tiny_pair import ROWS, student_model, teacher_model
+from tiny_pair import OBJECTIVE_SETTINGS, ROWS, student_model, teacher_model
 from vocabridge.losses import chunked_head
+from vocabridge.models.capture import trunk_shape
 from vocabridge.models.forward import forward_side, teacher_side
 from vocabridge.models.heads import output_head
 from vocabridge.objectives import objective_class, objective_info, objective_names
@@ -14,10 +15,6 @@ from vocabridge.pairs import PairCollator, PairTokenizer
 from vocabridge.text import read_examples
 
 pytestmark = pytest.mark.parametrize("name", objective_names())
-
-SETTINGS = {"dskd_cma": {"gan": {"hidden_size": 16}}}
-"""Instead of the defaults, where those are larger than this test's vocabularies."""
-
 
 class World:
     """Both models, one objective, and the rows under both tokenizers."""
@@ -31,7 +28,7 @@ class World:
         self.pad_ids = (student_tokenizer.pad_token_id, teacher_tokenizer.pad_token_id)
         torch.manual_seed(0)
         self.objective = objective_class(name)(
-            objective_info(name).config_class(**SETTINGS.get(name, {})),
+            objective_info(name).config_class(**OBJECTIVE_SETTINGS.get(name, {})),
             ObjectiveSetup(
                 student_hidden_size=32,
                 student_embedding=self.student.get_input_embeddings(),
@@ -41,6 +38,8 @@ class World:
                 teacher_embedding=self.teacher.get_input_embeddings(),
                 teacher_head=output_head(self.teacher),
                 teacher_tokenizer=teacher_tokenizer,
+                student_trunk=trunk_shape(self.student),
+                teacher_trunk=trunk_shape(self.teacher),
             ),
         ).eval()  # no dropout: the contract is about sums
         self.student.eval()
@@ -49,12 +48,16 @@ class World:
         return PairCollator(*self.pad_ids, **collator_options)(self.pairs if pairs is None else pairs)
 
     def terms(self, batch):
-        student = forward_side(self.student, batch["input_ids"], batch["attention_mask"], batch["labels"])
+        layers = self.objective.layers
+        student = forward_side(
+            self.student, batch["input_ids"], batch["attention_mask"], batch["labels"], layers=layers.student
+        )
         teacher = teacher_side(
             self.teacher,
             batch["teacher_input_ids"],
             batch["teacher_attention_mask"],
             batch["teacher_labels"],
+            layers=layers.teacher,
         )
         return self.objective(ForwardPair(student, teacher), batch)
 

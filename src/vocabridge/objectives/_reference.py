@@ -23,7 +23,12 @@ class ReferenceLoss:
 
 
 def reference_loss(student: SideForward, weight: float) -> ReferenceLoss:
-    """``weight`` times the cross-entropy of all supervised student positions; the head is applied once."""
+    """``weight`` times the cross-entropy of all supervised student positions; the head is applied once.
+
+    With weight 0 (a term of a composition) the head is not applied, and there is nothing to log.
+    """
+    if weight == 0:
+        return ReferenceLoss(student.hidden_states.sum() * 0.0, {})
 
     def rows(logits: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         right = logits[0].detach().argmax(-1) == given[0]
