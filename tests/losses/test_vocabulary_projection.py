@@ -121,3 +121,14 @@ def test_project_and_its_gradient_are_the_dense_products(entries, dtype):
     upstream = torch.rand(projected.shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(torch.autograd.grad(projected, probs, upstream)[0], upstream @ matrix.T)
     assert projection.to(torch.device("cpu"), dtype) is projection
+
+
+def test_project_runs_under_autocast(entries):
+    projection = Projection.of(entries, NUM_STUDENT)
+    probs = torch.rand(5, NUM_STUDENT, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (expected,) = torch.autograd.grad(project(probs, projection).square().sum(), probs)
+    with torch.autocast("cpu", torch.bfloat16):
+        projected = project(probs, projection)
+        assert projected.dtype == torch.float32
+        (gradient,) = torch.autograd.grad(projected.square().sum(), probs)
+    torch.testing.assert_close(gradient, expected)

@@ -7,33 +7,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from chunk_cases import STUDENT_CHUNKS, TEACHER_CHUNKS, make_batch, make_side
 from vocabridge.errors import UserError
 from vocabridge.models.forward import SideForward
 from vocabridge.models.heads import OutputHead
 from vocabridge.objectives.alm import Alm, Config, boundary_mask
 from vocabridge.objectives.base import ForwardPair, ObjectiveSetup
-
-STUDENT_CHUNKS = [[0, 0, 1, 2, 3, 4], [0, 1, 1, -1, 2, 3, 3]]
-TEACHER_CHUNKS = [[0, 1, 1, 2, 3, 3, 4], [-1, 0, 1, 2, 2, 2, 3]]
-
-
-def make_side(tokenizer, chunks, *, seed, width):
-    """A float64 side with random states, labels and head, all of them leaves."""
-    generator = torch.Generator().manual_seed(seed)
-    num = sum(map(len, chunks))
-    return SideForward(
-        hidden_states=torch.randn(num, width, generator=generator, dtype=torch.float64).requires_grad_(),
-        input_ids=torch.zeros(num, dtype=torch.int64),
-        labels=torch.randint(len(tokenizer), (num,), generator=generator),
-        rows=torch.tensor([i for i, row in enumerate(chunks) for _ in row]),
-        head=OutputHead(
-            torch.randn(len(tokenizer), width, generator=generator, dtype=torch.float64).requires_grad_(),
-            None,
-            None,
-            1.0,
-        ),
-        embedding=nn.Identity(),
-    )
 
 
 def make_objective(student, teacher, student_tokenizer, teacher_tokenizer, **settings):
@@ -50,14 +29,6 @@ def make_objective(student, teacher, student_tokenizer, teacher_tokenizer, **set
     )
 
 
-def make_batch(student_chunks, teacher_chunks):
-    def pad(rows):
-        width = max(map(len, rows))
-        return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
-
-    return {"chunk_ids": pad(student_chunks), "teacher_chunk_ids": pad(teacher_chunks)}
-
-
 def starts_a_word(tokenizer):
     """Ids that begin with white space or are control tokens, from the spellings in the vocabulary."""
     spellings = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -68,20 +39,21 @@ def starts_a_word(tokenizer):
 
 def loss_by_loops(student, teacher, sets, *, kd_weight, temperature, append_outcome, merge_threshold):
     """Sum of the loss, by loops over examples, chunks and tokens, with autograd on each number."""
-    logs = [(side.hidden_states @ side.head.weight.T).log_softmax(-1) for side in (student, teacher)]
+    logs = [side.head(side.hidden_states).log_softmax(-1) for side in (student, teacher)]
     logs[1] = logs[1].detach()
     total = -(1 - kd_weight) * sum(logs[0][i, label] for i, label in enumerate(student.labels))
     first = [0, 0]
     for own, other in zip(STUDENT_CHUNKS, TEACHER_CHUNKS, strict=True):
         piece = [0.0, 0.0]
-        for chunk in range(max(own) + 1):
+        for chunk in range(max([-1, *own]) + 1):
             outcome = [0.0, 0.0]
             at_end = chunk == max(own)
+            is_followed = own[-1] != chunk and other[-1] != chunk
             for side, ids in enumerate((own, other)):
                 positions = [first[side] + i for i, c in enumerate(ids) if c == chunk]
                 labels = (student, teacher)[side].labels
                 piece[side] = piece[side] + sum(logs[side][i, labels[i]] for i in positions)
-                if not at_end:
+                if is_followed:
                     outcome[side] = logs[side][positions[-1] + 1, sets[side]].exp().sum().log()
             if at_end or merge_threshold is None or float(torch.as_tensor(outcome[1]).exp()) > merge_threshold:
                 b, a = (
@@ -103,8 +75,8 @@ def test_loss_and_every_gradient_by_loops(
     swap, append_outcome, merge_threshold, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer
 ):
     tokenizers = (tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer)[:: -1 if swap else 1]
-    student = make_side(tokenizers[0], STUDENT_CHUNKS, seed=0, width=5)
-    teacher = make_side(tokenizers[1], TEACHER_CHUNKS, seed=1, width=7)
+    student = make_side(len(tokenizers[0]), STUDENT_CHUNKS, seed=0)
+    teacher = make_side(len(tokenizers[1]), TEACHER_CHUNKS, seed=1, width=7)
     settings = {
         "kd_weight": 0.3,
         "temperature": 4.0,
@@ -113,7 +85,7 @@ def test_loss_and_every_gradient_by_loops(
     }
     objective = make_objective(student, teacher, *tokenizers, **settings)
     terms = objective(ForwardPair(student, teacher), make_batch(STUDENT_CHUNKS, TEACHER_CHUNKS))
-    leaves = [student.hidden_states, student.head.weight]
+    leaves = [student.hidden_states, student.head.weight, student.head.bias]
     gradients = torch.autograd.grad(2 * terms["alm"].sum, leaves)
     expected = loss_by_loops(student, teacher, list(map(starts_a_word, tokenizers)), **settings)
     torch.testing.assert_close(terms["alm"].sum, expected, rtol=1e-10, atol=0)
@@ -121,13 +93,13 @@ def test_loss_and_every_gradient_by_loops(
         assert by_loops.abs().max() > 0.01
         torch.testing.assert_close(gradient, by_loops, rtol=1e-8, atol=1e-10)
     metrics = terms["alm"].metrics
-    assert float(metrics["coverage"].sum) == 12
+    assert float(metrics["coverage"].sum) == 13
     num_pieces = int(metrics["chunk_difference"].count)
     assert num_pieces == 9 if merge_threshold is None else num_pieces < 9
 
 
 def test_equal_models_get_no_gradient_and_the_least_loss(tiny_bpe_tokenizer):
-    side = make_side(tiny_bpe_tokenizer, STUDENT_CHUNKS, seed=0, width=5)
+    side = make_side(len(tiny_bpe_tokenizer), STUDENT_CHUNKS, seed=0)
     objective = make_objective(side, side, tiny_bpe_tokenizer, tiny_bpe_tokenizer, kd_weight=1.0, merge_threshold=0.55)
     terms = objective(ForwardPair(side, side), make_batch(STUDENT_CHUNKS, STUDENT_CHUNKS))
     (gradient,) = torch.autograd.grad(terms["alm"].sum, side.hidden_states)
@@ -141,8 +113,8 @@ def test_equal_models_get_no_gradient_and_the_least_loss(tiny_bpe_tokenizer):
 
 @pytest.mark.parametrize("difference", ["binary_cross_entropy", "binary_reverse_kl", "binary_kl_limit", "renyi", "k3"])
 def test_a_certain_student_gets_finite_gradients(difference, tiny_bpe_tokenizer):
-    teacher = make_side(tiny_bpe_tokenizer, STUDENT_CHUNKS, seed=1, width=5)
-    student = make_side(tiny_bpe_tokenizer, STUDENT_CHUNKS, seed=0, width=5)
+    teacher = make_side(len(tiny_bpe_tokenizer), STUDENT_CHUNKS, seed=1)
+    student = make_side(len(tiny_bpe_tokenizer), STUDENT_CHUNKS, seed=0)
     directions = nn.functional.normalize(student.head.weight.detach().float())
     sure = SideForward(  # float32, log-probability 0 for its label
         hidden_states=(directions[student.labels] * 3e4).requires_grad_(),
@@ -161,14 +133,14 @@ def test_a_certain_student_gets_finite_gradients(difference, tiny_bpe_tokenizer)
 
 
 def test_no_chunk_gives_zero_and_says_so(tiny_bpe_tokenizer, caplog):
-    side = make_side(tiny_bpe_tokenizer, STUDENT_CHUNKS, seed=0, width=5)
+    side = make_side(len(tiny_bpe_tokenizer), STUDENT_CHUNKS, seed=0)
     objective = make_objective(side, side, tiny_bpe_tokenizer, tiny_bpe_tokenizer, kd_weight=1.0)
     nothing = [[-1] * len(row) for row in STUDENT_CHUNKS]
     term = objective(ForwardPair(side, side), make_batch(nothing, nothing))["alm"]
     assert float(term.sum.detach()) == 0.0
     (gradient,) = torch.autograd.grad(term.sum, side.hidden_states)
     assert gradient.abs().max() == 0
-    assert "none of the 13 supervised student positions" in caplog.text
+    assert "none of the 15 supervised student positions" in caplog.text
 
 
 @pytest.mark.parametrize("fixture", ["tiny_bpe_tokenizer", "tiny_sentencepiece_tokenizer"])
@@ -202,8 +174,8 @@ def test_settings_without_effect_are_refused(settings, message):
 
 def test_gradient_does_not_vanish_with_the_temperature(tiny_bpe_tokenizer):
     """The published difference falls as 1 / temperature; see the module's docstring."""
-    student = make_side(tiny_bpe_tokenizer, STUDENT_CHUNKS, seed=0, width=5)
-    teacher = make_side(tiny_bpe_tokenizer, STUDENT_CHUNKS, seed=1, width=5)
+    student = make_side(len(tiny_bpe_tokenizer), STUDENT_CHUNKS, seed=0)
+    teacher = make_side(len(tiny_bpe_tokenizer), STUDENT_CHUNKS, seed=1)
     norms = []
     for temperature in (5.0, 100.0, 1000.0):
         objective = make_objective(
