@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rapidfuzz.distance import Levenshtein
 
 from vocabridge.alignment.dtw import warping_path
+from warping_oracle import edit_distance, table_path
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "case_mined_A.json"
-
-
-def textbook(costs: np.ndarray) -> list[tuple[int, int]]:
-    """Cell by cell, and back by the first cheapest of: both, first sequence, second sequence."""
-    num_rows, num_columns = costs.shape
-    table = {(-1, -1): 0.0}
-    for i, j in itertools.product(range(num_rows), range(num_columns)):
-        before = [table.get(cell, np.inf) for cell in ((i - 1, j - 1), (i - 1, j), (i, j - 1))]
-        table[i, j] = costs[i, j] + min(before)
-    cell, path = (num_rows - 1, num_columns - 1), []
-    while cell != (-1, -1):
-        path.append(cell)
-        i, j = cell
-        cell = min(((i - 1, j - 1), (i - 1, j), (i, j - 1)), key=lambda other: table.get(other, np.inf))
-    return path[::-1]
 
 
 def cheapest(costs: np.ndarray) -> float:
@@ -47,7 +31,7 @@ def test_path_of_integer_costs_is_the_textbook_path(shape: tuple[int, int]) -> N
     random = np.random.default_rng(sum(shape))
     for _ in range(30):
         costs = random.integers(0, 4, shape)  # many ties
-        assert [tuple(pair) for pair in warping_path(costs).tolist()] == textbook(costs)
+        assert [tuple(pair) for pair in warping_path(costs).tolist()] == table_path(costs.tolist())
 
 
 def test_path_of_real_costs_is_the_cheapest() -> None:
@@ -81,7 +65,7 @@ def test_published_paths() -> None:
         teacher, student = (
             [token.replace("Ġ", "") for token in case[side]] for side in ("teacher_tokens", "student_tokens")
         )
-        costs = np.array([[Levenshtein.distance(mine, theirs) for theirs in student] for mine in teacher])
+        costs = np.array([[edit_distance(mine, theirs) for theirs in student] for mine in teacher])
         path = warping_path(costs)
         assert path.tolist() == case["path_teacher_student"]
         assert costs[path[:, 0], path[:, 1]].sum() == case["cost"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import time
 from collections.abc import Callable
@@ -10,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import tokenizer_zoo
 from vocabridge.alignment import inverse_nearest_tokens, nearest_tokens, shared_vocabulary, token_bytes
+from warping_oracle import edit_distance, texts
 
 PAIRS = [("byte_level", "sentencepiece"), ("sentencepiece", "byte_level"), ("word_piece", "byte_level")]
 MAKE: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
@@ -29,23 +29,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@functools.cache
-def edit_distance(left: str, right: str) -> int:
-    """By the textbook's table."""
-    row = list(range(len(right) + 1))
-    for i, char in enumerate(left, start=1):
-        previous, row[0] = row[0], i
-        for j, other in enumerate(right, start=1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (char != other))
-    return row[-1]
-
-
 def common_prefix(left: str, right: str) -> int:
     return next((n for n in range(min(len(left), len(right)), 0, -1) if left[:n] == right[:n]), 0)
-
-
-def texts(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
-    return [data and data.decode("utf-8", "surrogateescape") for data in token_bytes(tokenizer)]
 
 
 @pytest.mark.parametrize(("source_name", "target_name"), PAIRS)

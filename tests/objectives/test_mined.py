@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,15 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 import tokenizer_zoo
+from random_sides import random_sides
 from tiny_pair import ROWS
 from vocabridge.alignment import inverse_nearest_tokens, nearest_tokens, token_bytes
 from vocabridge.losses.divergences import forward_kl
-from vocabridge.models.forward import SideForward
 from vocabridge.models.heads import OutputHead
 from vocabridge.objectives.base import ForwardPair, ObjectiveSetup
 from vocabridge.objectives.mined import Config, Mined
-from vocabridge.pairs import PairCollator, PairTokenizer
-from vocabridge.text import read_examples
+from warping_oracle import edit_distance, table_path, texts
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -33,49 +32,32 @@ BOTH_WAYS = [("byte_level_bpe", "sentencepiece_bpe"), ("sentencepiece_bpe", "byt
 
 
 class World:
-    """Random hidden states of both sides for the rows of the tiny pair."""
+    """Random hidden states of both sides for the rows of the tiny pair, and the objective over them."""
 
-    def __init__(self, names, *, hidden=(5, 7), dtype=torch.float64, **settings):
+    def __init__(self, names, *, dtype=torch.float64, **settings):
         self.tokenizers = tokenizers(names)
-        pair = PairTokenizer(*self.tokenizers, max_length=128)
-        pairs = [pair(example) for example in read_examples(ROWS)]
-        self.batch = PairCollator(*(tokenizer.pad_token_id for tokenizer in self.tokenizers))(pairs)
-        generator = torch.Generator().manual_seed(0)
-        self.sides = [
-            self._side(prefix, tokenizer, size, generator, dtype)
-            for prefix, tokenizer, size in zip(("", "teacher_"), self.tokenizers, hidden, strict=True)
-        ]
-        self.setup = ObjectiveSetup(
-            student_hidden_size=hidden[0],
-            student_embedding=torch.nn.Embedding(1, 1),
-            student_tokenizer=self.tokenizers[0],
-            student_head=self.sides[0].head,
-            teacher_head=self.sides[1].head,
-            teacher_tokenizer=self.tokenizers[1],
-        )
+        made = random_sides(*self.tokenizers)
+        self.batch, self.setup = made.batch, made.setup
+        self.sides = [self._cast(side, dtype) for side in (made.forward.student, made.forward.teacher)]
         self.objective = Mined(Config(**settings), self.setup)
 
-    def _side(self, prefix, tokenizer, size, generator, dtype):
-        labels = self.batch[f"{prefix}labels"]
-        rows, positions = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-        vocabulary = len(token_bytes(tokenizer))
-        weight = torch.randn(vocabulary, size, generator=generator, dtype=dtype)
-        hidden = torch.randn(len(rows), size, generator=generator, dtype=dtype)
-        is_student = not prefix
-        return SideForward(
-            hidden_states=hidden.requires_grad_(is_student),
-            input_ids=self.batch[f"{prefix}input_ids"][rows, positions],
-            labels=labels[rows, positions + 1],
-            rows=rows,
-            head=OutputHead(weight.requires_grad_(is_student), None, None, 1.0),
-            embedding=torch.nn.Embedding(1, 1),
+    def _cast(self, side, dtype):
+        weight, bias, hidden = (
+            tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+            for tensor in (side.head.weight, side.head.bias, side.hidden_states)
         )
+        return dataclasses.replace(side, hidden_states=hidden, head=OutputHead(weight, bias, None, 1.0))
 
     def term(self):
         return self.objective(ForwardPair(*self.sides), self.batch)["mined"]
 
     def leaves(self):
-        return [self.sides[0].hidden_states, self.sides[0].head.weight]
+        student = self.sides[0]
+        return [student.hidden_states, student.head.weight, student.head.bias]
+
+
+def plain_logits(side):
+    return side.hidden_states @ side.head.weight.T + side.head.bias
 
 
 def positions_of_rows(side):
@@ -95,21 +77,9 @@ def single_token_chunks(world):
     return pairs
 
 
-def edit_distance(left, right):
-    row = list(range(len(right) + 1))
-    for i, char in enumerate(left, start=1):
-        previous, row[0] = row[0], i
-        for j, other in enumerate(right, start=1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (char != other))
-    return row[-1]
-
-
 def warped_pairs(world):
     """The published pairing, over labels: teacher first; ties go to the diagonal, then to the teacher's step."""
-    spelling = [
-        ["" if data is None else data.decode("utf-8", "surrogateescape").replace(" ", "") for data in token_bytes(one)]
-        for one in world.tokenizers
-    ]
+    spelling = [[(text or "").replace(" ", "") for text in texts(one)] for one in world.tokenizers]
     forward = nearest_tokens(world.tokenizers[1], world.tokenizers[0]).tolist()
     forward[world.tokenizers[1].eos_token_id] = world.tokenizers[0].eos_token_id
     pairs = {}
@@ -118,17 +88,10 @@ def warped_pairs(world):
             [int(side.labels[i]) for i in positions]
             for side, positions in zip(world.sides, (mine, theirs), strict=True)
         )
-        table = {(-1, -1): 0}
-        for j, their_label in enumerate(teacher):
-            for i, my_label in enumerate(student):
-                before = min(table.get(cell, math.inf) for cell in ((j - 1, i - 1), (j - 1, i), (j, i - 1)))
-                table[j, i] = before + edit_distance(spelling[1][their_label], spelling[0][my_label])
         partners = {i: [] for i in range(len(student))}
-        cell = (len(teacher) - 1, len(student) - 1)
-        while cell != (-1, -1):
-            j, i = cell
+        costs = [[edit_distance(spelling[1][j], spelling[0][i]) for i in student] for j in teacher]
+        for j, i in table_path(costs):
             partners[i].append(j)
-            cell = min(((j - 1, i - 1), (j - 1, i), (j, i - 1)), key=lambda other: table.get(other, math.inf))
         for i, found in partners.items():
             if len(found) == 1 and forward[teacher[found[0]]] == student[i]:
                 pairs[mine[i]] = theirs[found[0]]
@@ -137,20 +100,21 @@ def warped_pairs(world):
 
 def expected(world, pairs, *, kd_weight, temperature):
     """Loops over positions and student tokens, from the formula."""
-    student, teacher = world.sides
+    student = world.sides[0]
+    my_logits, their_logits = (plain_logits(side) for side in world.sides)
     sources = inverse_nearest_tokens(*world.tokenizers).tolist()
     ends = [tokenizer.eos_token_id for tokenizer in world.tokenizers]
     sources = [-1 if source == ends[1] else source for source in sources]
     sources[ends[0]] = ends[1]
     total = 0
     for i, label in enumerate(student.labels.tolist()):
-        logits = student.head.weight @ student.hidden_states[i]
+        logits = my_logits[i]
         log_probs = (logits / temperature) - (logits / temperature).logsumexp(0)
         total = total - (1 - kd_weight) * (logits[label] - logits.logsumexp(0))
         if i not in pairs:
             total = total - kd_weight * log_probs[label]
             continue
-        theirs = (teacher.head.weight @ teacher.hidden_states[pairs[i]]) / temperature
+        theirs = their_logits[pairs[i]] / temperature
         known = [v for v, source in enumerate(sources) if source >= 0]
         weights = torch.stack([theirs[sources[v]] for v in known]).softmax(0)
         total = total + kd_weight * (weights * (weights.log() - log_probs[known])).sum()
@@ -181,7 +145,7 @@ def test_equal_tokenizers_are_plain_distillation(alignment):
     student, _ = world.sides
     control = {*world.tokenizers[0].all_special_ids} - {world.tokenizers[0].eos_token_id}
     assert {i for i, known in enumerate(world.objective.has_source.tolist()) if not known} <= control
-    logits = [side.hidden_states @ side.head.weight.T for side in world.sides]
+    logits = [plain_logits(side) for side in world.sides]
     missing = (~world.objective.has_source).nonzero().squeeze(1)
     theirs = logits[1].index_fill(1, missing, -torch.inf)
     torch.testing.assert_close(world.term().sum, forward_kl(logits[0], theirs, temperature=2.0).sum())
@@ -190,15 +154,13 @@ def test_equal_tokenizers_are_plain_distillation(alignment):
 
 @pytest.mark.parametrize("alignment", ["chunks", "dtw"])
 def test_agreeing_models_have_no_loss_and_no_gradient(alignment):
-    world = World(["byte_level_bpe", "byte_level_bpe"], hidden=(6, 6), alignment=alignment, kd_weight=1.0)
+    world = World(["byte_level_bpe", "byte_level_bpe"], alignment=alignment, kd_weight=1.0)
     assert bool(world.objective.has_source[world.tokenizers[0].pad_token_id])
-    student, teacher = world.sides
-    with torch.no_grad():
-        student.hidden_states.copy_(teacher.hidden_states)
-        student.head.weight.copy_(teacher.head.weight)
-    world.objective.has_source.fill_(True)
+    world.sides[1] = world.sides[0]
+    world.objective.has_source.fill_(True)  # control tokens without a role have none
     world.objective.sources.copy_(torch.arange(len(world.objective.sources)))
     term = world.term()
+    assert float(term.metrics["coverage"].sum) == len(world.sides[0].labels)
     assert float(term.sum.detach()) == pytest.approx(0, abs=1e-12)
     for gradient in torch.autograd.grad(term.sum, world.leaves()):
         assert float(gradient.abs().max()) < 1e-12
@@ -210,7 +172,7 @@ def test_the_students_logits_are_not_overwritten():
     student, _ = world.sides
     before = student.hidden_states.detach().clone(), student.head.weight.detach().clone()
     term = world.term()
-    logits = student.hidden_states @ student.head.weight.T
+    logits = plain_logits(student)
     exact = torch.nn.functional.cross_entropy(logits, student.labels, reduction="sum").detach()
     torch.testing.assert_close(term.metrics["cross_entropy"].sum, exact)
     assert float(term.metrics["divergence"].sum) > 1
@@ -291,7 +253,7 @@ def test_no_pair_leaves_cross_entropy_and_warns(alignment, caplog):
     if alignment == "dtw":
         world.objective._student_ids[:] = -1
     term = world.term()
-    logits = world.sides[0].hidden_states @ world.sides[0].head.weight.T
+    logits = plain_logits(world.sides[0])
     exact = torch.nn.functional.cross_entropy(logits, world.sides[0].labels, reduction="sum")
     torch.testing.assert_close(term.sum, exact)
     assert "none of the" in caplog.text
