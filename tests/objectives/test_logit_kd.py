@@ -10,12 +10,14 @@ from safetensors.torch import load_file
 
 import tokenizer_zoo
 from random_sides import divergence_by_formula, random_sides
-from tiny_pair import ROWS
+from tiny_pair import ROWS, student_model, teacher_model
+from vocabridge.assembly import build_objective
 from vocabridge.models.forward import SideForward
 from vocabridge.models.heads import OutputHead
 from vocabridge.objectives.base import ForwardPair
 from vocabridge.objectives.config import Divergence
 from vocabridge.objectives.logit_kd import Config, LogitKd
+from vocabridge.pairs import PairTokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PUBLISHED = {
@@ -57,8 +59,22 @@ def test_value_and_gradients_by_loops(tiny_bpe_tokenizer, name, padding):
         torch.testing.assert_close(got, wanted)
 
 
+CHAT_CONTROL = ("<|pad|>", "<|endoftext|>", "<|im_end|>", "<|im_start|>")
+
+
+def test_end_tokens_of_the_templates_reach_the_columns():
+    tokenizer = tokenizer_zoo.byte_level_bpe(control=CHAT_CONTROL)
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    pair_tokenizer = PairTokenizer(tokenizer, tokenizer, student_template="chat")
+    models = student_model(tokenizer), tokenizer, teacher_model(tokenizer), tokenizer
+    objective = build_objective("logit_kd", *models, pair_tokenizer=pair_tokenizer)
+    columns = dict(zip(objective.student_columns.tolist(), objective.teacher_columns.tolist(), strict=True))
+    assert {i: j for i, j in columns.items() if i != j} == {1: 2, 2: 1}
+    assert not objective.same_end
+
+
 def test_end_tokens_are_each_others_column_by_loops():
-    tokenizer = tokenizer_zoo.byte_level_bpe(control=("<|pad|>", "<|endoftext|>", "<|im_end|>", "<|im_start|>"))
+    tokenizer = tokenizer_zoo.byte_level_bpe(control=CHAT_CONTROL)
     sides = random_sides(tokenizer, tokenizer, rows=ROWS[:2])
     chat_end, plain_end = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id
     sides.setup = replace(sides.setup, student_end_token_id=chat_end)
