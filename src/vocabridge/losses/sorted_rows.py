@@ -61,7 +61,7 @@ class _SortedL1(torch.autograd.Function):
 
 def _largest(values: Tensor, count: int) -> Tensor:
     """The ``count`` largest entries of every row, descending."""
-    if values.is_cuda:
+    if values.device.type != "cpu":
         return values.topk(count, dim=-1).values
     # Without the indices that torch also sorts: 3 ms instead of 12 for 49k of 262k entries on one core.
     array = values.numpy()
