@@ -1,7 +1,7 @@
 """Approximate likelihood matching (ALM): both models give every chunk of the text the same likelihood.
 
 Minixhofer, Vulic, Ponti 2025, "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching", arXiv
-2503.20083 (binarised f-divergence of chunk likelihoods, sections 3.1-3.3). Needs the teacher's and the student's heads
+2503.20083 (binarised f-divergence of chunk likelihoods, outcome debiasing). Needs the teacher's and the student's heads
 and byte-exact chunks, no vocabulary map and no learned parts.
 
     l(c) = sum_(t in c) log p(y_t | before) + log P(the next token starts with a token-ending byte | c and before)
