@@ -49,9 +49,10 @@ def test_value_and_gradients_by_loops(v_s, v_t, pairs, rows_per_chunk):
         second = second + logits[i].exp().sum().log()
     expected = 0.7 * cross_entropy + 0.3 * (2.0 * first + 0.5 * second)
     torch.testing.assert_close(result.total, expected)
-    torch.testing.assert_close(result.cross_entropy, cross_entropy.detach())
+    torch.testing.assert_close(result.reference["cross_entropy"].sum, cross_entropy.detach())
+    assert result.reference["cross_entropy"].count == N
     torch.testing.assert_close(result.sums, torch.stack([first, second]).detach())
-    assert float(result.right) == float((logits.argmax(-1) == labels).sum())
+    assert float(result.reference["student_accuracy"].sum) == float((logits.argmax(-1) == labels).sum())
     leaves = [hidden, weight, bias, *([factors] if pairs[0] else [])]
     for got, want in zip(
         torch.autograd.grad(result.total, leaves, retain_graph=True), torch.autograd.grad(expected, leaves), strict=True
@@ -76,3 +77,21 @@ def test_nothing_supervised_is_zero_with_a_gradient_path():
     assert float(result.total.detach()) == 0.0
     result.total.backward()
     assert float(weight.grad.abs().max()) == 0.0
+
+
+def test_cross_entropy_without_weight_costs_nothing_and_is_not_logged():
+    hidden, weight = leaf(N, H_S, seed=1), leaf(11, H_S, seed=2)
+    result = paired_rows_loss(
+        HeadInput(hidden, weight),
+        torch.arange(N),
+        HeadInput(leaf(M, H_T, seed=4).detach(), leaf(13, H_T, seed=5).detach()),
+        student_index=torch.tensor([2, 5]),
+        teacher_index=torch.tensor([0, 1]),
+        row_losses=lambda logits, rows: ([logits[0].logsumexp(-1)], []),
+        weights=[1.0],
+        kd_weight=1.0,
+    )
+    assert result.reference == {}
+    torch.testing.assert_close(result.total, (hidden @ weight.T)[[2, 5]].logsumexp(-1).sum())
+    (gradient,) = torch.autograd.grad(result.total, hidden)
+    assert gradient.abs().sum(-1).nonzero().squeeze(1).tolist() == [2, 5]

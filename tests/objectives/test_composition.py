@@ -23,7 +23,14 @@ def world(tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
 
     def build(objective):
         torch.manual_seed(0)
-        built = build_objective(objective, student, tiny_bpe_tokenizer, teacher, tiny_sentencepiece_tokenizer)
+        built = build_objective(
+            objective,
+            student,
+            tiny_bpe_tokenizer,
+            teacher,
+            tiny_sentencepiece_tokenizer,
+            pair_tokenizer=tokenize,
+        )
         return built.eval()
 
     def run(objective):

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from vocabridge.losses.chunk_rows import ChunkRows, Ranges
 from vocabridge.losses.chunked_head import (
@@ -23,7 +22,7 @@ from vocabridge.losses.chunked_head import (
     chunked_head_loss,
     constant_logits,
 )
-from vocabridge.losses.paired_rows import PairedLoss
+from vocabridge.losses.paired_rows import PairedLoss, head_at, reference_rows, with_unpaired
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,26 +71,18 @@ def paired_chunks_loss(
     Returns:
         Sums over positions and chunks; without chunks the distillation part is an exact 0 with a gradient path.
     """
-    inside, alone = (_positions(chunks.student, is_inside=is_inside) for is_inside in (True, False))
-    rest = chunked_head_loss(
-        _cross_entropy_rows, [_at(student, alone)], [labels[alone]], weights=[1 - kd_weight], chunk_bytes=chunk_bytes
-    )
-    blocks = _Blocks(chunks, constant_logits(_at(teacher, _positions(chunks.teacher, is_inside=True))), chunk_losses)
+    inside = _inside(chunks.student)
+    blocks = _Blocks(chunks, constant_logits(head_at(teacher, _inside(chunks.teacher))), chunk_losses)
     paired = chunked_head_loss(
         blocks.rows,
-        [_at(student, inside)],
+        [head_at(student, inside)],
         [labels[inside], torch.arange(len(inside))],
         weights=[1 - kd_weight, *(kd_weight * weight for weight in weights)],
         chunk_bytes=int(chunk_bytes * _student_share(student, teacher, blocks)),
         group_starts=blocks.student_starts[:-1],
     )
-    return PairedLoss(
-        total=rest.total + paired.total,
-        cross_entropy=rest.sums[0] + paired.sums[0],
-        right=rest.metrics[0] + paired.metrics[0],
-        sums=paired.sums[1:],
-        metrics=paired.metrics[1:],
-    )
+    is_paired = chunks.student.chunks >= 0
+    return with_unpaired(paired, student, labels, is_paired=is_paired, kd_weight=kd_weight, chunk_bytes=chunk_bytes)
 
 
 class _Blocks:
@@ -129,7 +120,7 @@ class _Blocks:
         )
         is_first = torch.ones_like(local, dtype=torch.bool)
         is_first[1:] = local[1:] != local[:-1]
-        reference, right = _cross_entropy_rows(logits, (labels,))
+        reference, right = reference_rows(logits, (labels,))
         return (
             [*reference, *(_spread(loss, local, is_first) for loss in losses)],
             [*right, *(_spread(metric, local, is_first) for metric in metrics)],
@@ -141,11 +132,6 @@ def _spread(values: Tensor, local: Tensor, is_first: Tensor) -> Tensor:
     return torch.where(is_first, values[local], 0.0)
 
 
-def _cross_entropy_rows(logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    (own,), (labels,) = logits, rows
-    return [cross_entropy(own, labels, reduction="none")], [(own.detach().argmax(-1) == labels).float()]
-
-
 def _student_share(student: HeadInput, teacher: HeadInput, blocks: _Blocks) -> float:
     """Share of a block's logits that are the student's, on the average of the micro-batch."""
     own = TENSORS_PER_INPUT * len(student.weight) * blocks.student_starts[-1]
@@ -153,9 +139,5 @@ def _student_share(student: HeadInput, teacher: HeadInput, blocks: _Blocks) -> f
     return own / max(own + theirs, 1)
 
 
-def _positions(ranges: Ranges, *, is_inside: bool) -> Tensor:
-    return ((ranges.chunks >= 0) == is_inside).nonzero().squeeze(1)
-
-
-def _at(head: HeadInput, index: Tensor) -> HeadInput:
-    return replace(head, hidden=head.hidden[index])
+def _inside(ranges: Ranges) -> Tensor:
+    return (ranges.chunks >= 0).nonzero().squeeze(1)

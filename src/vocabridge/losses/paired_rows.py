@@ -5,14 +5,15 @@ Legend: N supervised student positions, M teacher positions, n pairs, V_s / V_t 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vocabridge.losses.chunked_head import DEFAULT_CHUNK_BYTES, HeadInput, RowLosses, chunked_head_loss
+from vocabridge.losses.chunked_head import DEFAULT_CHUNK_BYTES, ChunkedLoss, HeadInput, RowLosses, chunked_head_loss
+from vocabridge.losses.terms import Ratio
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,10 +22,11 @@ class PairedLoss:
 
     total: Tensor
     """Scalar, differentiable: (1 - kd_weight) cross-entropy + kd_weight * weighted row losses."""
-    cross_entropy: Tensor
-    """Scalar, detached, over all N student positions, in nats."""
-    right: Tensor
-    """Scalar: student positions whose most likely token is the label."""
+    reference: Mapping[str, Ratio]
+    """For the log: ``cross_entropy`` in nats and ``student_accuracy`` over all N student positions.
+
+    Empty where cross-entropy has no weight (a term of a composition): positions outside then cost nothing.
+    """
     sums: Tensor
     """``[K]``, detached: each row loss over the pairs, unweighted."""
     metrics: Tensor
@@ -64,35 +66,59 @@ def paired_rows_loss(
         Sums; with zero pairs the distillation part is an exact 0 and gradients still have a path.
     """
 
-    def cross_entropy_rows(logits: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        own = logits[0]
-        return [cross_entropy(own, given[0], reduction="none")], [(own.detach().argmax(-1) == given[0]).float()]
-
     def both_rows(logits: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        reference, right = cross_entropy_rows(logits, given)
+        reference, right = reference_rows(logits, given)
         losses, metrics = row_losses(logits, given[1:])
         return [*reference, *losses], [*right, *metrics]
 
-    is_alone = torch.ones_like(labels, dtype=torch.bool).index_fill(0, student_index, False)
-    alone = is_alone.nonzero().squeeze(1)
-    rest = chunked_head_loss(
-        cross_entropy_rows, [_at(student, alone)], [labels[alone]], weights=[1 - kd_weight], chunk_bytes=chunk_bytes
-    )
+    is_paired = torch.zeros_like(labels, dtype=torch.bool).index_fill(0, student_index, True)
     paired = chunked_head_loss(
         both_rows,
-        [_at(student, student_index), replace(_at(teacher, teacher_index), train_head=False), *projected],
+        [head_at(student, student_index), replace(head_at(teacher, teacher_index), train_head=False), *projected],
         [labels[student_index], *rows],
         weights=[1 - kd_weight, *(kd_weight * weight for weight in weights)],
         chunk_bytes=chunk_bytes,
     )
-    return PairedLoss(
-        total=rest.total + paired.total,
-        cross_entropy=rest.sums[0] + paired.sums[0],
-        right=rest.metrics[0] + paired.metrics[0],
-        sums=paired.sums[1:],
-        metrics=paired.metrics[1:],
+    return with_unpaired(paired, student, labels, is_paired=is_paired, kd_weight=kd_weight, chunk_bytes=chunk_bytes)
+
+
+def with_unpaired(
+    paired: ChunkedLoss, student: HeadInput, labels: Tensor, *, is_paired: Tensor, kd_weight: float, chunk_bytes: int
+) -> PairedLoss:
+    """Join the loss of paired positions with the cross-entropy of the other ones.
+
+    Args:
+        paired: its first loss and metric are those of :func:`reference_rows`.
+        student: all N positions.
+        labels: ``[N]`` student ids.
+        is_paired: ``[N]`` bool, the positions in ``paired``.
+        kd_weight: share of the distillation part.
+        chunk_bytes: see :func:`~vocabridge.losses.chunked_head.chunked_head_loss`.
+    """
+    if kd_weight == 1:
+        return PairedLoss(paired.total, {}, paired.sums[1:], paired.metrics[1:])
+    unpaired = (~is_paired).nonzero().squeeze(1)
+    rest = chunked_head_loss(
+        reference_rows,
+        [head_at(student, unpaired)],
+        [labels[unpaired]],
+        weights=[1 - kd_weight],
+        chunk_bytes=chunk_bytes,
     )
+    count = labels.shape[0]
+    reference = {
+        "cross_entropy": Ratio(rest.sums[0] + paired.sums[0], count),
+        "student_accuracy": Ratio(rest.metrics[0] + paired.metrics[0], count),
+    }
+    return PairedLoss(rest.total + paired.total, reference, paired.sums[1:], paired.metrics[1:])
 
 
-def _at(head: HeadInput, index: Tensor) -> HeadInput:
+def reference_rows(logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """Cross-entropy of the first logits ``[n, V_s]`` on the first rows, labels ``[n]``; metric: the label is the top."""
+    student, labels = logits[0], rows[0]
+    return [cross_entropy(student, labels, reduction="none")], [(student.detach().argmax(-1) == labels).float()]
+
+
+def head_at(head: HeadInput, index: Tensor) -> HeadInput:
+    """The head with the hidden states of some positions."""
     return replace(head, hidden=head.hidden[index])

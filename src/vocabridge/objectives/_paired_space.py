@@ -223,9 +223,8 @@ class PairedSpace(DualSpace):
         taught, agreeing, right = result.metrics
         names = ["t2s_cross_entropy", "t2s_divergence", "s2t_divergence"]
         return {
-            "cross_entropy": Ratio(result.cross_entropy, count),
+            **result.reference,
             **{name: Ratio(value, count) for name, value in zip(names, result.sums, strict=True)},
-            "student_accuracy": Ratio(result.right, count),
             "t2s_accuracy": Ratio(agreeing, taught),
             "s2t_accuracy": Ratio(right, taught),
             "coverage": coverage_ratio(self.name, taught, count),

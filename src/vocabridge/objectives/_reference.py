@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from vocabridge.losses.chunked_head import chunked_head_loss
+from vocabridge.losses.paired_rows import reference_rows
 from vocabridge.models.forward import SideForward
 from vocabridge.objectives.base import Ratio, head_input
 
@@ -30,11 +30,7 @@ def reference_loss(student: SideForward, weight: float) -> ReferenceLoss:
     if weight == 0:
         return ReferenceLoss(student.hidden_states.sum() * 0.0, {})
 
-    def rows(logits: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        right = logits[0].detach().argmax(-1) == given[0]
-        return [cross_entropy(logits[0], given[0], reduction="none")], [right.float()]
-
     count = student.labels.shape[0]
-    result = chunked_head_loss(rows, [head_input(student)], [student.labels], weights=[weight])
+    result = chunked_head_loss(reference_rows, [head_input(student)], [student.labels], weights=[weight])
     metrics = {"cross_entropy": Ratio(result.sums[0], count), "student_accuracy": Ratio(result.metrics[0], count)}
     return ReferenceLoss(result.total, metrics)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
-
 from vocabridge.losses.chunked_head import chunked_head_loss
+from vocabridge.losses.paired_rows import reference_rows
 from vocabridge.objectives.base import ForwardPair, LossTerm, Objective, Ratio, head_input
 from vocabridge.objectives.config import ObjectiveConfig
 from vocabridge.pairs import PairBatch
@@ -26,13 +25,6 @@ class Config(ObjectiveConfig):
     use_when: ClassVar[str] = "fine-tuning a teacher on the task, and as the baseline that distillation must beat"
 
 
-def _rows(logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    (student_logits,), (labels,) = logits, rows
-    return [nn.functional.cross_entropy(student_logits, labels, reduction="none")], [
-        (student_logits.detach().argmax(-1) == labels).float()
-    ]
-
-
 class CrossEntropy(Objective):
     """Next-token cross-entropy of the student on the reference response."""
 
@@ -40,6 +32,6 @@ class CrossEntropy(Objective):
         """One term ``cross_entropy``, in nats per supervised student token."""
         student = pair.student
         count = student.labels.shape[0]
-        result = chunked_head_loss(_rows, [head_input(student)], [student.labels], weights=[1.0])
+        result = chunked_head_loss(reference_rows, [head_input(student)], [student.labels], weights=[1.0])
         metrics = {"student_accuracy": Ratio(result.metrics[0], count)}
         return {"cross_entropy": LossTerm(result.total, count, metrics=metrics)}

@@ -132,8 +132,7 @@ class Gold(Objective):
         )
         count, num_chunks = student.labels.shape[0], chunks.num_chunks
         metrics = {
-            "cross_entropy": Ratio(loss.cross_entropy, count),
-            "student_accuracy": Ratio(loss.right, count),
+            **loss.reference,
             "rank_distance": Ratio(loss.sums[-1], num_chunks),
             "coverage": coverage_ratio("gold", chunks.covered, count),
         }

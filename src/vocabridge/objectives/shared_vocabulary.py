@@ -119,9 +119,8 @@ class SharedVocabularyKd(Objective):
         )
         num_tokens = student.labels.shape[0]
         metrics = {
-            "cross_entropy": Ratio(result.cross_entropy, num_tokens),
+            **result.reference,
             "divergence": Ratio(result.sums[0], num_tokens),
-            "student_accuracy": Ratio(result.right, num_tokens),
             "top1_agreement": Ratio(result.metrics[0], pairs.count),
             "coverage": coverage_ratio("shared_vocabulary", pairs.count, num_tokens),
         }

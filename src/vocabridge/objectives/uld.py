@@ -80,8 +80,7 @@ class UniversalLogitDistillation(Objective):
         )
         count, num_pairs = student.labels.shape[0], pairs.student.shape[0]
         metrics = {
-            "cross_entropy": Ratio(loss.cross_entropy, count),
-            "student_accuracy": Ratio(loss.right, count),
+            **loss.reference,
             "uld_distance": Ratio(loss.sums[0], num_pairs),
             "coverage": coverage_ratio("uld", num_pairs, count),
         }

@@ -138,8 +138,7 @@ class XToken(Objective):
         count = student.labels.shape[0]
         losses = ["projected_divergence"] if is_projected else ["common_divergence", "sorted_rest_distance"]
         metrics = {
-            "cross_entropy": Ratio(result.cross_entropy, count),
-            "student_accuracy": Ratio(result.right, count),
+            **result.reference,
             **{name: Ratio(value, chunks.num_chunks) for name, value in zip(losses, result.sums, strict=True)},
             "top1_agreement": Ratio(result.metrics[0], chunks.num_chunks),
             "teacher_mass_on_support": Ratio(result.metrics[1], chunks.num_chunks),
