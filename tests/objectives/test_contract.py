@@ -16,6 +16,7 @@ from vocabridge.text import read_examples
 
 pytestmark = pytest.mark.parametrize("name", objective_names())
 
+
 class World:
     """Both models, one objective, and the rows under both tokenizers."""
 

@@ -114,7 +114,7 @@ def with_unpaired(
 
 
 def reference_rows(logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Cross-entropy of the first logits ``[n, V_s]`` on the first rows, labels ``[n]``; metric: the label is the top."""
+    """Cross-entropy of the first logits ``[n, V_s]`` on the first rows, labels ``[n]``; metric: it is the top."""
     student, labels = logits[0], rows[0]
     return [cross_entropy(student, labels, reduction="none")], [(student.detach().argmax(-1) == labels).float()]
 
