@@ -113,6 +113,11 @@ def test_a_composition_reads_back_what_it_writes_and_is_overridden_by_place(tmp_
         load_recipe(file, ["objective.terms.name=uld"])
 
 
+def test_a_projector_to_learn_reads_back_in_a_resolved_recipe() -> None:
+    text = DISTIL.replace("dskd_cma", "dskd_eta")
+    assert_round_trip(load_recipe(write(with_lines(text, "objective", "teacher_space_projector: learned"))))
+
+
 def test_whole_number_in_scientific_notation() -> None:
     assert load_recipe(write(with_lines(SFT, "training", "max_steps: 1e3"))).training.arguments()["max_steps"] == 1000
 

@@ -262,3 +262,8 @@ def test_no_shared_token_is_refused_unless_nothing_is_computed_from_them(monkeyp
 def test_interval_of_a_learned_projector_is_refused():
     with pytest.raises(ValueError, match="recompute_every has no effect"):
         PairedSpaceConfig(teacher_space_projector="learned", recompute_every=2)
+
+
+def test_a_learned_projector_reads_back_from_settings_with_defaults_written_out():
+    config = PairedSpaceConfig(teacher_space_projector="learned")
+    assert PairedSpaceConfig(**config.model_dump()) == config

@@ -106,6 +106,8 @@ class PairedSpaceConfig(DivergenceConfig):
 
     @model_validator(mode="after")
     def _check_projector(self) -> Self:
-        if self.teacher_space_projector == "learned" and "recompute_every" in self.model_fields_set:
+        # By value, not by what was written: a resolved recipe writes every default out and must read back.
+        changed = self.model_dump(include={"recompute_every"}, exclude_defaults=True)
+        if self.teacher_space_projector == "learned" and changed:
             raise ValueError("recompute_every has no effect with teacher_space_projector 'learned'; leave it out")
         return self
