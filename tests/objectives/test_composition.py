@@ -89,6 +89,8 @@ def test_learned_parts_of_all_terms_are_in_named_groups(world):
         ([{"name": "dskd_cme"}], r"objective.terms\[0\].name is 'dskd_cme'.*did you mean 'dskd_cma'"),
         ([{"name": "cross_entropy"}, {"name": "dskd_cma", "kd_weight": 0.5}], r"terms\[1\].kd_weight has no meaning"),
         ([{"name": "cross_entropy", "weight": 0}], r"terms\[0\].weight must be a number greater than 0"),
+        ([{"name": "cross_entropy", "weight": float("inf")}], r"terms\[0\].weight must be a number greater than 0"),
+        ([{"name": ".dskd_cma"}], r"terms\[0\].name cannot be used: objective '.dskd_cma' cannot be imported"),
         ([{"name": "dskd_cma", "temprature": 1.0}], r"terms\[0\].temprature is unknown; did you mean 'temperature'"),
     ],
 )

@@ -102,7 +102,7 @@ def _import_own(name: str) -> typing.Any:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, TypeError) as error:  # TypeError: a relative name, such as ".mine"
         raise UserError(f"objective '{name}' cannot be imported: {error}.") from error
     if not hasattr(module, "Config"):
         raise UserError(f"objective module '{name}' must define a class 'Config'; see CONTRIBUTING.md.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -96,7 +97,8 @@ def _read_term(given: Mapping[str, Any], path: Path, *, is_composed: bool) -> tu
         return None, problems + validation_problems(error, config_class, own, path)
     weight = given.get("weight", 1.0) if is_composed else 1.0
     problems += boolean_problems(config, own, path)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not 0 < weight <= sys.float_info.max:
         problems.append(Problem((*path, "weight"), f"must be a number greater than 0, but {weight!r} was given."))
     return (None, problems) if problems else (TermSettings(name=name, weight=weight, config=config), [])
 
