@@ -114,7 +114,10 @@ def test_log():
     mean = _Case(kd_weight=1.0, pool="mean")
     mean.loss()
     assert mean.tally["coverage"].tolist() == [9, layer_case.NUM_TOKENS]
-    assert float(case.tally["cross_entropy"][0]) > 0
+    assert "cross_entropy" not in case.tally  # its head is not applied
+    shared = _Case(kd_weight=0.5)
+    shared.loss()
+    assert float(shared.tally["cross_entropy"][0]) > 0
 
 
 def _layer_numbers(gradients):
@@ -200,6 +203,15 @@ def test_layers_that_do_not_exist():
         _Case(layers=[[1, -5]])
     with pytest.raises(ValidationError, match="layers"):
         Config(layers=[])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_projectors_in_another_precision_than_the_models(dtype):
+    case = _Case(layers=[[1, 2]], kd_weight=1.0)
+    expected = float(case.loss().detach())
+    case.objective.to(dtype)
+    assert float(case.loss().detach()) == pytest.approx(expected, rel=2e-2)
+    assert case.gradients()["objective.projectors.0.weight"].dtype == dtype
 
 
 def test_a_layer_named_twice_counts_once():

@@ -111,7 +111,8 @@ class HiddenState(Objective):
         for pair, projector in zip(self.pairs, self.projectors, strict=True):
             states = pool_chunks(student.layers.hidden_states[pair.student], chunks.student, self.config.pool)
             target = pool_chunks(teacher.layers.hidden_states[pair.teacher], chunks.teacher, self.config.pool)
-            sums.append(self._distance(projector(states).to(target.dtype), target).sum())
+            projected = projector(states.to(next(projector.parameters()).dtype)).to(target.dtype)
+            sums.append(self._distance(projected, target).sum())
         return torch.stack(sums).mean()
 
 
