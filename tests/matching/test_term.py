@@ -197,6 +197,28 @@ def test_an_example_short_of_two_positions_adds_an_exact_zero(kind):
     assert (queries.grad[: sum(QUERIES)] != 0).any(-1).all()
 
 
+@pytest.mark.parametrize("kind", ["gan", *WITHIN_EXAMPLES])
+@pytest.mark.parametrize("counts", [((1,), (1,)), ((3,), (0,)), ((0,), (4,)), ((), ())])
+def test_names_and_trained_parameters_are_the_same_for_every_micro_batch(kind, counts):
+    def names(terms):
+        return {name: set(term.metrics) for name, term in terms.items()}
+
+    term = build(kind)
+    queries, keys = sample(*counts, dtype=torch.float32)
+    terms = run(term, queries.requires_grad_(), keys, *counts)
+    assert names(terms) == names(run(term, *sample(dtype=torch.float32)))
+    weighted(terms).backward()
+    assert all(parameter.grad is not None for parameter in term.parameters())
+
+
+def test_queries_without_keys_count_alike_however_the_batch_is_split():
+    term = build("gan")
+    queries, keys = sample((3, 2), (0, 4), dtype=torch.float32)
+    together = weighted(run(term, queries, keys, (3, 2), (0, 4)))
+    apart = weighted(run(term, queries[:3], keys[:0], (3,), (0,))) + weighted(run(term, queries[3:], keys, (2,), (4,)))
+    torch.testing.assert_close(together, apart)
+
+
 @pytest.mark.parametrize("kind", WITHIN_EXAMPLES)
 @pytest.mark.parametrize("counts", [((1, 1), (1, 1)), ((3, 0), (0, 4)), ((0, 0), (0, 0)), ((), ())])
 def test_without_any_example_to_match_the_term_is_zero_with_a_gradient_path(kind, counts):

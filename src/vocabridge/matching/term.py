@@ -79,6 +79,8 @@ class MatchingTerm(nn.Module):
     ) -> dict[str, LossTerm]:
         """Terms for packed ``queries [N, F]`` and constant ``keys [M, F]`` of supervised positions only.
 
+        Terms and metrics have the same names for every micro-batch, an empty one too: ranks add them up by place.
+
         Args:
             queries: with gradient.
             keys: constants of the frozen teacher.
@@ -90,7 +92,7 @@ class MatchingTerm(nn.Module):
         if self.kind == "none":
             return {}
         if self.gan is not None:
-            return self._adversarial(self.gan, queries, keys) if counts.queries and counts.keys else {}
+            return self._adversarial(self.gan, queries, keys)
         examples = MatchedExamples.select(
             queries, keys, query_rows=query_rows, key_rows=key_rows, num_examples=num_examples
         )
@@ -141,16 +143,16 @@ class MatchingTerm(nn.Module):
 
     def _per_example(self, examples: MatchedExamples, counts: _Counts) -> dict[str, LossTerm]:
         metrics = examples.diagnostics()
-        if not examples.num_examples:
-            values = examples.num_queries.to(examples.queries.dtype)  # no example left: [0]
-        elif self.kind == "sinkhorn":
+        if self.kind == "sinkhorn":
             values, errors = self._sinkhorn(examples)
             metrics["sinkhorn_marginal_error"] = Ratio(
                 (errors * examples.num_queries).sum(), examples.num_queries.sum()
             )
-        else:
+        elif examples.num_examples:
             distance = DISTANCES[self.kind]
             values = torch.stack([distance(queries, keys) for queries, keys in examples.pairs()])
+        else:
+            values = examples.num_queries.to(examples.queries.dtype)  # [0]
         # The empty or finite sum over the queries keeps a path to them where no example is left.
         total = (values * examples.num_queries).sum() + 0.0 * examples.queries.sum()
         return {self.kind: LossTerm(total, counts.queries, weight=self.weight, is_auxiliary=True, metrics=metrics)}
