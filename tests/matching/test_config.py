@@ -18,6 +18,24 @@ def test_settings_of_another_kind_are_refused(matching, settings, named):
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"discriminator_steps": 2}, "discriminator_steps has no effect with updates 'reversal'"),
+        ({"train_discriminator": False, "updates": "alternating"}, "'alternating' would train nothing"),
+        ({"train_discriminator": False, "r1_penalty": 0.1}, "r1_penalty has no effect"),
+    ],
+)
+def test_settings_of_the_discriminator_that_cancel_each_other_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GanConfig(**settings)
+
+
+def test_settings_of_the_discriminator_read_back_with_defaults_written_out():
+    for config in (GanConfig(), GanConfig(updates="alternating", discriminator_steps=3)):
+        assert GanConfig(**config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
     ("matching", "gan", "transport"),
     [
         ("none", {}, {}),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vocabridge.settings import Settings
 
@@ -29,6 +29,16 @@ class GanConfig(Settings):
     """Weight of the discriminator's squared gradient norm at the keys (Mescheder et al. 2018, arXiv 1801.04406)."""
     spectral_norm: bool = False
     """Spectral normalisation of the discriminator's linear layers (Miyato et al. 2018, arXiv 1802.05957)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.updates == "reversal" and self.discriminator_steps != 1:
+            raise ValueError("discriminator_steps has no effect with updates 'reversal'; leave it out")
+        if not self.train_discriminator and self.updates == "alternating":
+            raise ValueError("updates 'alternating' would train nothing in the discriminator's turn; leave it out")
+        if not self.train_discriminator and self.r1_penalty:
+            raise ValueError("r1_penalty has no effect with train_discriminator: false; leave it out")
+        return self
 
 
 class TransportConfig(Settings):
