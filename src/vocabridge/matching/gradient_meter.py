@@ -11,8 +11,8 @@ class GradientMeter:
     """Measures ``|dL_name/dP|`` for several losses that use the output of one linear map ``P`` under different names.
 
     Every loss gets its own view of the output ``[N, F_out]``; a hook on the view sees that loss's gradient G alone.
-    With the map's input X the weight's gradient is G^T X, and its Frobenius norm follows from two [N, N] products
-    without forming it. Over several micro-batches the norms are averaged.
+    With the map's input X the weight's gradient is G^T X. Its Frobenius norm also follows from two [N, N] products; the
+    smaller form is taken. Over several micro-batches the norms are averaged.
     """
 
     def __init__(self) -> None:
@@ -26,8 +26,7 @@ class GradientMeter:
         view = output.view_as(output)
 
         def measure(gradient: Tensor) -> None:
-            g, x = gradient.detach().float(), inputs.detach().float()
-            self._norms[name].append(((g @ g.T) * (x @ x.T)).sum().clamp(min=0).sqrt())
+            self._norms[name].append(_product_norm(gradient.detach().float(), inputs.detach().float()))
 
         view.register_hook(measure)
         return view
@@ -37,3 +36,10 @@ class GradientMeter:
         result = {name: float(sum(values) / len(values)) for name, values in self._norms.items()}
         self._norms.clear()
         return result
+
+
+def _product_norm(g: Tensor, x: Tensor) -> Tensor:
+    """Frobenius norm of ``g^T x`` for ``g [N, F_out]`` and ``x [N, F_in]``."""
+    if len(g) ** 2 > g.shape[1] * x.shape[1]:
+        return (g.T @ x).norm()
+    return ((g @ g.T) * (x @ x.T)).sum().clamp(min=0).sqrt()
