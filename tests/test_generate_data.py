@@ -77,7 +77,8 @@ def test_rows_are_the_finished_answers_of_every_seed(teacher, prompts, tmp_path)
     assert not list(tmp_path.glob("*.generation"))
 
 
-def test_an_interrupted_generation_goes_on_to_the_same_rows(teacher, prompts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interrupted_generation_goes_on_to_the_same_rows(teacher, prompts, tmp_path, monkeypatch, overwrite):
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
     generate_data(teacher, prompts, whole, seeds=(1, 2), settings=SAMPLED)
     calls = []
@@ -92,13 +93,13 @@ def test_an_interrupted_generation_goes_on_to_the_same_rows(teacher, prompts, tm
     with monkeypatch.context() as patch:
         patch.setattr(responses, "generate_bucket", stop_at_fourth)
         with pytest.raises(KeyboardInterrupt):
-            generate_data(teacher, prompts, resumed, seeds=(1, 2), settings=SAMPLED)
+            generate_data(teacher, prompts, resumed, seeds=(1, 2), settings=SAMPLED, overwrite=overwrite)
     assert not resumed.exists()
     again = []
     monkeypatch.setattr(
         responses, "generate_bucket", lambda *args, **kwargs: again.append(1) or bucket(*args, **kwargs)
     )
-    generate_data(teacher, prompts, resumed, seeds=(1, 2), settings=SAMPLED)
+    generate_data(teacher, prompts, resumed, seeds=(1, 2), settings=SAMPLED, overwrite=overwrite)
     assert resumed.read_bytes() == whole.read_bytes()
     assert len(again) == 3  # of six buckets, three were done
 
@@ -137,6 +138,8 @@ def test_no_usable_answer_is_an_error(teacher, prompts, tmp_path):
     with pytest.raises(UserError, match=r"gave no usable answer: .* cut off at 1 tokens"):
         generate_data(teacher, prompts, tmp_path / "x.jsonl", settings=settings)
     assert not (tmp_path / "x.jsonl").exists()
+    # The message advises another length.
+    assert generate_data(teacher, prompts, tmp_path / "x.jsonl", settings=SAMPLED).num_rows > 0
 
 
 def test_command_line(teacher, prompts, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vocabridge.errors import UserError
-from vocabridge.evaluation.fingerprints import data_fingerprint, model_fingerprint
+from vocabridge.fingerprints import data_fingerprint, model_fingerprint
 from vocabridge.evaluation.generation import Generation, GenerationSettings
 from vocabridge.evaluation.responses import Responder, generation_progress
 from vocabridge.evaluation.run_folder import Manifest, Record, RunFolder, write_in_one_piece
@@ -57,7 +57,7 @@ def generate_data(
         seeds: one answer per prompt and seed; greedy decoding needs only one.
         settings: length, temperature, nucleus, batch size.
         limit: answer only the first so many prompts.
-        overwrite: replace an output that is there.
+        overwrite: replace an output that is there, and discard answers that other settings or data left unfinished.
 
     Raises:
         UserError: the output exists, data or model cannot be used, or no answer is of use.
@@ -76,7 +76,7 @@ def generate_data(
         settings={**asdict(settings), "template": spec.template, "dtype": str(model.dtype)},
         data={"prompts": data_fingerprint(examples)},
     )
-    folder = RunFolder(output.with_name(f"{output.name}.generation"), manifest, overwrite=overwrite)
+    folder = _answers_folder(output.with_name(f"{output.name}.generation"), manifest, overwrite=overwrite)
     rows: list[Record] = []
     num_empty = num_unfinished = 0
     with generation_progress() as progress:
@@ -98,6 +98,7 @@ def generate_data(
                     extra = {"source": example.source, "teacher": spec.model, "seed": seed}
                     rows.append({**row_with_response(example, record["response"]), **extra})
     if not rows:
+        shutil.rmtree(folder.path)  # or it would stand in the way of other settings
         raise UserError(
             f"{spec.model} gave no usable answer: {num_unfinished} were cut off at {settings.max_new_tokens} tokens "
             f"and {num_empty} were empty; raise --max-new-tokens or check the template."
@@ -105,6 +106,16 @@ def generate_data(
     write_in_one_piece(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     shutil.rmtree(folder.path)
     return GeneratedData(output, len(rows), num_empty, num_unfinished)
+
+
+def _answers_folder(path: Path, manifest: Manifest, *, overwrite: bool) -> RunFolder:
+    """Answers to the same question are kept even when the output is to be replaced: they took a teacher's time."""
+    try:
+        return RunFolder(path, manifest)
+    except UserError:
+        if not overwrite:
+            raise
+        return RunFolder(path, manifest, overwrite=True)
 
 
 def _record(example: Example, generation: Generation, text: str) -> Record:
