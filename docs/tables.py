@@ -6,6 +6,7 @@ step.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -38,12 +39,32 @@ def papers_table() -> str:
     return "\n".join(lines)
 
 
+def cost_table() -> str:
+    """What ``benchmarks/objectives.py`` measured, as kept in ``docs/results/objectives.json``."""
+    measured = json.loads((ROOT / "docs/results/objectives.json").read_text(encoding="utf-8"))["results"]
+    base = next(result for result in measured if result["variant"] == "cross_entropy")
+    lines = [
+        "| objective | loss, first to last | cross-entropy, first to last | coverage | step / SFT | peak GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in measured:
+        coverage = "-" if result["coverage"] is None else f"{result['coverage']:.3f}"
+        loss, reference = (f"{result[f'{name}_first']:.2f} - {result[f'{name}_last']:.2f}" for name in LOSSES)
+        ratio = result["step_seconds"] / base["step_seconds"]
+        peak = result["peak_bytes"] / 1e9
+        lines.append(f"| `{result['variant']}` | {loss} | {reference} | {coverage} | {ratio:.2f} | {peak:.1f} |")
+    return "\n".join(lines)
+
+
+LOSSES = ("loss", "cross_entropy")
+
 RECIPES = {"cross_entropy": "sft", "dskd_cma": "quickstart"}
 """Of objectives whose recipe has another name."""
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"objectives": objectives_table},
     "docs/papers.md": {"papers": papers_table},
+    "docs/choosing.md": {"cost": cost_table},
 }
 """Document -> name of the marks -> what stands between them."""
 
