@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"objectives.config", "matching.config"},  # plain settings, read without torch by the objective registry
     {"text"},
     {"alignment", "prompts", "pairs"},
-    {"models"},
+    {"models", "fingerprints"},
     {"losses"},
     {"matching"},
     {"objectives"},

@@ -10,12 +10,12 @@ from pathlib import Path
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..fingerprints import data_fingerprint, model_fingerprint
 from ..models.loading import check_tokenizer_matches, load_model, load_tokenizer
 from ..models.spec import ModelSpec
 from ..prompts import Template
 from ..text import Example
 from .bits import ReferenceBits, reference_bits
-from .fingerprints import data_fingerprint, model_fingerprint
 from .generation import Generation, GenerationSettings
 from .metrics import percentage, score_example
 from .plan import PAPER_SEEDS, DataFile, DataFiles, EvaluationPlan, plan_evaluation
