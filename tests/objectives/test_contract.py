@@ -17,6 +17,10 @@ from vocabridge.text import read_examples
 pytestmark = pytest.mark.parametrize("name", objective_names())
 
 
+ALIGNED_OTHERWISE = {"dskd_cma", "cdm", "multilevel_ot", "mined"}
+"""Attention, warping and transport see all positions, whatever the chunks; MinED teaches the label where no row is."""
+
+
 class World:
     """Both models, one objective, and the rows under both tokenizers."""
 
@@ -168,6 +172,25 @@ def test_no_supervised_row_gives_zero_with_a_gradient_path(world):
     assert float(loss.detach()) == 0.0
     loss.backward()
     assert all(p.grad is None or float(p.grad.abs().max()) == 0.0 for p in world.student.parameters())
+
+
+def test_supervised_rows_without_a_partner_teach_nothing_and_are_told_about(world, name, caplog):
+    """Every position is in no chunk: what is aligned by chunks is an exact 0, and cross-entropy remains."""
+    batch = world.batch()
+    for side in ("", "teacher_"):
+        batch[f"{side}chunk_ids"] = torch.full_like(batch[f"{side}chunk_ids"], -1)
+    terms = world.terms(batch)
+    metrics = {metric: ratio for term in terms.values() for metric, ratio in term.metrics.items()}
+    num_tokens = int((batch["labels"] != -100).sum())
+    if name in ALIGNED_OTHERWISE or "chunks" not in objective_info(name).config_class.needs:
+        pytest.skip("not aligned by chunks alone")
+    assert float(metrics["coverage"].sum) == 0
+    assert f"none of the {num_tokens} supervised student positions" in caplog.text
+    loss = sum(term.weight * term.sum for term in terms.values())
+    expected = (1 - world.objective.config.kd_weight) * metrics["cross_entropy"].sum
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-6)
+    loss.backward()
+    assert float(world.student.get_input_embeddings().weight.grad.abs().max()) > 0
 
 
 def test_bfloat16_models_give_a_float32_loss_near_the_exact_one(world):

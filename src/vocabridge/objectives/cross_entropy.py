@@ -33,5 +33,5 @@ class CrossEntropy(Objective):
         student = pair.student
         count = student.labels.shape[0]
         result = chunked_head_loss(reference_rows, [head_input(student)], [student.labels], weights=[1.0])
-        metrics = {"student_accuracy": Ratio(result.metrics[0], count)}
+        metrics = {"student_accuracy": Ratio(result.metrics[0], count), "coverage": Ratio(count, count)}
         return {"cross_entropy": LossTerm(result.total, count, metrics=metrics)}
