@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vocabridge.errors import UserError
-from vocabridge.fingerprints import data_fingerprint, model_fingerprint
 from vocabridge.evaluation.generation import Generation, GenerationSettings
 from vocabridge.evaluation.responses import Responder, generation_progress
 from vocabridge.evaluation.run_folder import Manifest, Record, RunFolder, write_in_one_piece
+from vocabridge.fingerprints import data_fingerprint, model_fingerprint
 from vocabridge.models.loading import check_tokenizer_matches, load_model, load_tokenizer
 from vocabridge.models.spec import ModelSpec
 from vocabridge.text import Example, read_examples, row_with_response
