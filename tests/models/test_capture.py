@@ -322,6 +322,12 @@ def test_shapes(model, tiny_model):
     assert trunk_shape(tiny_model("gpt2")).attention_size == 16
 
 
+def test_a_model_without_attention_has_a_shape():
+    config = transformers.MambaConfig(vocab_size=257, hidden_size=16, num_hidden_layers=2, state_size=4)
+    shape = trunk_shape(transformers.MambaForCausalLM(config))
+    assert (shape.num_layers, shape.width(2), shape.attention_size) == (2, 16, None)
+
+
 def test_unknown_attention_is_refused_at_once():
     config = transformers.FalconConfig(vocab_size=257, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
     falcon = transformers.FalconForCausalLM(config)

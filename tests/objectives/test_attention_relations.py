@@ -220,6 +220,8 @@ def test_default_heads_are_the_most_that_divide_both_widths():
     assert heads(768, 1024, 64) == 64
     with pytest.raises(UserError, match=r"num_relation_heads 12 does not divide .* 768 .* 1024 .* a divisor of 256"):
         heads(768, 1024, 12)
+    with pytest.raises(UserError, match="the teacher has no attention"):
+        heads(768, None)
 
 
 def test_layers():

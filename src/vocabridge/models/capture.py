@@ -65,8 +65,8 @@ class TrunkShape:
     """Width of the hidden states 0 to n - 1."""
     last_hidden_size: int
     """Width of hidden state n; OPT-350m's differs."""
-    attention_size: int
-    """Number of query heads times the width of one."""
+    attention_size: int | None
+    """Number of query heads times the width of one; None where there is no attention (Mamba)."""
 
     def width(self, layer: int) -> int:
         """H of hidden state ``layer`` (non-negative)."""
@@ -79,11 +79,12 @@ def trunk_shape(model: nn.Module) -> TrunkShape:
     config = base.config.get_text_config()
     embedding = base.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
+    num_heads = getattr(config, "num_attention_heads", None)
     return TrunkShape(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         last_hidden_size=embedding.embedding_dim,
-        attention_size=config.num_attention_heads * head_dim(config),
+        attention_size=num_heads * head_dim(config) if num_heads else None,
     )
 
 

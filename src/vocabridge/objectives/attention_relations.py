@@ -158,7 +158,11 @@ def _relation(states: dict[str, Tensor], name: str) -> Relation:
 
 
 def _num_relation_heads(given: int | None, trunks: Trunks) -> int:
-    widths = (trunks.student.attention_size, trunks.teacher.attention_size)
+    widths = []
+    for side, trunk in (("student", trunks.student), ("teacher", trunks.teacher)):
+        if trunk.attention_size is None:
+            raise UserError(f"objective attention_relations: the {side} has no attention; take another objective.")
+        widths.append(trunk.attention_size)
     common = math.gcd(*widths)
     if given is None:
         return max(number for number in range(1, _MAX_DEFAULT_HEADS + 1) if common % number == 0)
