@@ -2,9 +2,9 @@
 
 Names, one-line summaries and config classes are read from the source files without importing them, because importing
 an objective imports torch (seconds) while ``vocabridge validate`` and ``vocabridge objectives`` must answer at once.
-An objective's config class therefore stands on its own: it derives from :class:`ObjectiveConfig`, one of its
-subclasses in the same module, or :class:`~vocabridge.settings.Settings`, and uses only what the file imports with
-``from ... import`` out of ``typing``, ``pydantic`` and the config modules named below.
+An objective's config class therefore stands on its own: it derives from :class:`ObjectiveConfig` or one of its
+subclasses in the same module (groups of settings inside it from :class:`~vocabridge.settings.Settings`), and uses only
+what the file imports with ``from ... import`` out of ``typing``, ``pydantic`` and the config modules named below.
 """
 
 from __future__ import annotations
@@ -104,8 +104,11 @@ def _import_own(name: str) -> typing.Any:
         module = importlib.import_module(name)
     except (ImportError, TypeError) as error:  # TypeError: a relative name, such as ".mine"
         raise UserError(f"objective '{name}' cannot be imported: {error}.") from error
-    if not hasattr(module, "Config"):
-        raise UserError(f"objective module '{name}' must define a class 'Config'; see CONTRIBUTING.md.")
+    config_class = getattr(module, "Config", None)
+    if not (isinstance(config_class, type) and issubclass(config_class, ObjectiveConfig)):
+        raise UserError(
+            f"objective module '{name}' must define a class 'Config' derived from ObjectiveConfig; see CONTRIBUTING.md."
+        )
     return module
 
 
