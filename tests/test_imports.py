@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
     {"recipe"},
     {"distillation_model"},
     {"saving", "interrupt", "model_card", "run_record", "training_arguments", "assembly", "diagnostics"},
+    {"batching"},
     {"trainer"},
     {"evaluation"},
     {"analysis"},

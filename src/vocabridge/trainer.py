@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from vocabridge.assembly import EndlessPairs, as_pairs, build_objective, refuse_own_folder, resolve_model
+from vocabridge.batching import LengthGroupingTrainer, check_batches
 from vocabridge.diagnostics import DiagnosticsCallback
 from vocabridge.distillation_model import DistillationModel, tally_dtype
 from vocabridge.errors import UserError
@@ -42,7 +43,7 @@ __all__ = ["DistillationConfig", "DistillationTrainer"]
 METRICS_FILE = "metrics.jsonl"
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(LengthGroupingTrainer):
     """Distils ``teacher`` into ``student`` by an objective, on prompt-response rows.
 
     Args:
@@ -107,6 +108,7 @@ class DistillationTrainer(Trainer):
         self.interrupt = InterruptCallback()
         self.student_tokenizer = student_tokenizer
         pairs = as_pairs(train_dataset, self.pair_tokenizer, progress=not args.disable_tqdm)
+        check_batches(pairs, args)
         train_pairs = EndlessPairs(pairs) if isinstance(pairs, StreamingPairs) else pairs
         collator = PairCollator(
             pad_token_id(student_tokenizer),

@@ -39,6 +39,14 @@ class DistillationConfig(TrainingArguments):
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Round the padded length up to a multiple (8 suits tensor cores)."}
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most padded tokens of a batch, both sides together: rows x (longest student row + longest teacher "
+            "row). Rows of similar length share a batch, as many as fit; replaces per_device_train_batch_size and "
+            "bounds evaluation batches too."
+        },
+    )
     diagnostics_steps: int = field(
         default=50, metadata={"help": "Optimizer steps between measurements of query and key distributions; 0: never."}
     )
@@ -52,8 +60,7 @@ class DistillationConfig(TrainingArguments):
         unused = [name for name in _WITHOUT_EFFECT if getattr(self, name, None)]
         if unused:
             raise UserError(f"training: {', '.join(unused)} cannot be used with distillation losses; leave it out.")
-        if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-            raise UserError(f"training.train_sampling_strategy: '{self.train_sampling_strategy}' is not supported yet.")
+        self._check_batching()
         for name in ("projector_learning_rate", "discriminator_learning_rate"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
@@ -64,3 +71,36 @@ class DistillationConfig(TrainingArguments):
         if self._n_gpu > 1:
             logger.warning("several GPUs in one process: only the first is used; start one process per GPU (torchrun)")
             self._n_gpu = 1
+
+    @property
+    def groups_by_length(self) -> bool:
+        """Whether rows of similar length share a training batch."""
+        return self.max_tokens_per_batch is not None or self.train_sampling_strategy == "group_by_length"
+
+    def _check_batching(self) -> None:
+        strategy = self.train_sampling_strategy
+        if strategy == "batch_rebalance":
+            raise UserError(
+                "training.train_sampling_strategy: 'batch_rebalance' is not supported; 'group_by_length' or "
+                "training.max_tokens_per_batch also give batches of similar length, and the same work to every rank."
+            )
+        if not self.groups_by_length:
+            return
+        asked = "group_by_length" if self.max_tokens_per_batch is None else "max_tokens_per_batch"
+        accelerator = self.accelerator_config
+        without_meaning = {
+            "train_sampling_strategy: sequential": strategy == "sequential",
+            "dataloader_drop_last (no batch is incomplete)": self.dataloader_drop_last,
+            "accelerator_config.split_batches": getattr(accelerator, "split_batches", False),
+            "accelerator_config.dispatch_batches": getattr(accelerator, "dispatch_batches", False),
+        }
+        if self.max_tokens_per_batch is not None:
+            if self.max_tokens_per_batch < 1:
+                raise UserError(f"training.max_tokens_per_batch must be at least 1, not {self.max_tokens_per_batch}.")
+            default = type(self).__dataclass_fields__["per_device_train_batch_size"].default
+            without_meaning |= {
+                "per_device_train_batch_size (the budget takes its place)": self.per_device_train_batch_size != default,
+                "auto_find_batch_size": self.auto_find_batch_size,
+            }
+        if refused := [name for name, is_set in without_meaning.items() if is_set]:
+            raise UserError(f"training: {', '.join(refused)} cannot be used with {asked}; leave one of them out.")

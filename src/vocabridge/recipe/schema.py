@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -177,9 +177,25 @@ def _training_conflicts(data: DataSettings | None, training: TrainingSettings) -
     if arguments.get("load_best_model_at_end") and eval_strategy == "no":
         problem = "needs training.eval_strategy and data.validation: without them no checkpoint is the best."
         found.append(Conflict("training.load_best_model_at_end", problem))
+    if data and data.streaming:
+        found += [
+            Conflict(f"training.{key}", "needs the length of every row, but data.streaming is true.")
+            for key in _length_keys(arguments)
+        ]
+    if arguments.get("max_tokens_per_batch") and "per_device_train_batch_size" in arguments:
+        problem = "takes the place of training.per_device_train_batch_size; leave one of them out."
+        found.append(Conflict("training.max_tokens_per_batch", problem))
     if max_steps == 0:
         found.append(Conflict("training.max_steps", "is 0; leave it out to train by epochs, or give at least 1."))
     return found
+
+
+def _length_keys(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """What asks for rows grouped by length."""
+    if arguments.get("max_tokens_per_batch"):
+        yield "max_tokens_per_batch"
+    if arguments.get("train_sampling_strategy") == "group_by_length":
+        yield "train_sampling_strategy"
 
 
 def _evaluation_conflicts(evaluation: EvaluationSettings) -> list[Conflict]:

@@ -52,6 +52,10 @@ class OwnTrainingSettings(Settings):
     """Learning rate of the discriminator of key-query matching; that of the projectors when left out."""
     pad_to_multiple_of: int | None = Field(None, ge=1)
     """Round the padded length of a batch up to a multiple of this (8 suits tensor cores)."""
+    max_tokens_per_batch: int | None = Field(None, ge=1)
+    """Most padded tokens of a batch, both sides together: rows x (longest student row + longest teacher row). Rows of
+    similar length share a batch, as many as fit; takes the place of ``per_device_train_batch_size`` and bounds
+    evaluation batches too."""
     diagnostics_steps: int = Field(50, ge=0)
     """Optimizer steps between two measurements of the distance between queries and keys; 0 means never."""
     diagnostics_examples: int = Field(32, ge=1)
