@@ -15,7 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vocabridge.errors import UserError
+from vocabridge.objectives import objective_names
 from vocabridge.recipe import Recipe, load_recipe, recipe_from_values
+from vocabridge.recipe.objective import read_objective
 from vocabridge.recipe.training import NOT_TAKEN, OwnTrainingSettings, training_argument_types
 from vocabridge.recipe.yaml_text import dump, read_mapping, read_value
 
@@ -552,3 +554,13 @@ def test_our_own_training_fields_are_those_of_the_trainer() -> None:
     for name, field in OwnTrainingSettings.model_fields.items():
         if not field.is_required():
             assert DistillationConfig.__dataclass_fields__[name].default == field.default
+
+
+@pytest.mark.parametrize("name", objective_names())
+def test_settings_of_every_objective_read_back_with_their_defaults_written_out(name: str) -> None:
+    settings, problems = read_objective({"name": name})
+    assert settings is not None, problems
+    assert read_objective(settings.values()) == (settings, [])
+    composed, problems = read_objective({"terms": [{"name": name, "weight": 2.0}]})
+    assert composed is not None, problems
+    assert read_objective(composed.values()) == (composed, [])
