@@ -6,7 +6,7 @@ from vocabridge.alignment import encode_continuation, token_bytes
 from vocabridge.models.forward import forward_side, supervised_tokens, teacher_side
 from vocabridge.models.heads import output_head
 from vocabridge.objectives import _paired_space
-from vocabridge.objectives._paired_space import shared_tokens
+from vocabridge.objectives._columns import shared_columns
 from vocabridge.objectives.base import ForwardPair, ObjectiveSetup
 from vocabridge.objectives.dskd import Config as DskdConfig
 from vocabridge.objectives.dskd import Dskd
@@ -182,7 +182,7 @@ def test_the_divergence_in_the_teachers_space_is_the_chosen_one(world):
 
 
 def test_shared_tokens_end_with_the_end_tokens(world):
-    shared = shared_tokens(world.setup)
+    shared = shared_columns(world.setup)
     student, teacher = world.tokenizers
     assert (int(shared.student[-1]), int(shared.teacher[-1])) == (student.eos_token_id, teacher.eos_token_id)
     for mine, theirs in zip(shared.student[:-1].tolist(), shared.teacher[:-1].tolist(), strict=True):

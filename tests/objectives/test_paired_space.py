@@ -179,7 +179,7 @@ def test_zero_pairs_give_zero_with_a_gradient_path_and_a_warning(caplog):
 def shared(monkeypatch):
     """Nine shared tokens, in another order on the two sides."""
     columns = ColumnPairs(torch.arange(9), torch.arange(12, 3, -1))
-    monkeypatch.setattr(_paired_space, "shared_tokens", lambda setup: columns)
+    monkeypatch.setattr(_paired_space, "shared_columns", lambda setup: columns)
     return columns
 
 
@@ -251,7 +251,7 @@ def test_learned_projector_starts_in_closed_form_and_stays_trainable(shared):
 
 def test_no_shared_token_is_refused_unless_nothing_is_computed_from_them(monkeypatch):
     end = torch.zeros(1, dtype=torch.long)
-    monkeypatch.setattr(_paired_space, "shared_tokens", lambda setup: ColumnPairs(end, end))
+    monkeypatch.setattr(_paired_space, "shared_columns", lambda setup: ColumnPairs(end, end))
     with pytest.raises(UserError, match="share no token"):
         Pair(9, 13).objective()
     with pytest.raises(UserError, match="teacher_space_projector: learned"):

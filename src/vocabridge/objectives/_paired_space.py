@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from vocabridge.alignment import shared_vocabulary
 from vocabridge.errors import UserError
 from vocabridge.losses.overlap_projection import AffineMap, overlap_projection, pseudo_inverse_rows
 from vocabridge.losses.paired_rows import PairedLoss, paired_rows_loss
 from vocabridge.models.heads import OutputHead
-from vocabridge.objectives._columns import ColumnPairs
+from vocabridge.objectives._columns import shared_columns
 from vocabridge.objectives._dual_space import DualSpace
 from vocabridge.objectives._row_pairs import RowPairs
 from vocabridge.objectives.base import (
@@ -92,17 +91,6 @@ def _difference(source: Tensor | None, target: Tensor | None, scale: float, like
     return difference if target is None else difference - target.to(like)
 
 
-def shared_tokens(setup: ObjectiveSetup) -> ColumnPairs:
-    """The ids of all tokens with bytes that both vocabularies hold, and the two end tokens."""
-    assert setup.teacher_tokenizer is not None
-    shared = shared_vocabulary(setup.student_tokenizer, setup.teacher_tokenizer)
-    student, teacher = (
-        torch.cat([torch.from_numpy(ids), torch.tensor([end])])
-        for ids, end in zip((shared.student_ids, shared.teacher_ids), setup.end_token_ids, strict=True)
-    )
-    return ColumnPairs(student, teacher)
-
-
 class PairedSpace(DualSpace):
     """Base of the methods; a subclass finds the pairs.
 
@@ -144,7 +132,7 @@ class PairedSpace(DualSpace):
 
     def _project_in_closed_form(self, setup: ObjectiveSetup) -> None:
         assert setup.teacher_head is not None
-        shared = shared_tokens(setup)
+        shared = shared_columns(setup)
         if len(shared.student) < 2:  # the end tokens pair always
             raise UserError(
                 f"objective {self.name}: the two vocabularies share no token to compute a projector from; use "

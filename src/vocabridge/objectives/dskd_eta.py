@@ -32,22 +32,18 @@ and after 60 steps of its own cross-entropy at 56 % (random start: 47 %; trained
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vocabridge.alignment import token_bytes
-from vocabridge.objectives._columns import ColumnPairs
+from vocabridge.objectives._columns import ColumnPairs, byte_keys, shared_columns
 from vocabridge.objectives._divergence import row_divergence
-from vocabridge.objectives._paired_space import NO_ID, PairedSpace, shared_tokens
+from vocabridge.objectives._paired_space import NO_ID, PairedSpace
 from vocabridge.objectives._row_pairs import same_token_pairs
 from vocabridge.objectives.base import ForwardPair, LossTerm, ObjectiveSetup, require_teacher
 from vocabridge.objectives.config import PairedSpaceConfig
 from vocabridge.pairs import PairBatch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Config(PairedSpaceConfig):
@@ -65,13 +61,12 @@ class DskdEta(PairedSpace):
     teacher_bytes: Tensor
 
     def __init__(self, config: Config, setup: ObjectiveSetup):
-        assert setup.teacher_tokenizer is not None
-        student_bytes, teacher_bytes = byte_numbers(setup.student_tokenizer, setup.teacher_tokenizer)
+        student_bytes, teacher_bytes = byte_keys(setup)
         super().__init__(
             config,
             setup,
             name="dskd_eta",
-            targets=student_ids_of(teacher_bytes, student_bytes, shared_tokens(setup)),
+            targets=student_ids_of(teacher_bytes, student_bytes, shared_columns(setup)),
             teacher_divergence=row_divergence(config),
         )
         self.register_buffer("student_bytes", student_bytes, persistent=False)
@@ -90,23 +85,12 @@ class DskdEta(PairedSpace):
         return self.paired_terms(pair, pairs)
 
 
-def byte_numbers(
-    student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
-) -> tuple[Tensor, Tensor]:
-    """A number for the bytes of each id, ``[V_s]`` and ``[V_t]``: equal where the bytes are; -1 for control tokens."""
-    known: dict[bytes, int] = {}
-    student, teacher = (
-        torch.tensor([NO_ID if piece is None else known.setdefault(piece, len(known)) for piece in token_bytes(side)])
-        for side in (student_tokenizer, teacher_tokenizer)
-    )
-    return student, teacher
-
-
 def student_ids_of(teacher_bytes: Tensor, student_bytes: Tensor, shared: ColumnPairs) -> Tensor:
     """``[V_t]``: the student's id of the bytes of each teacher id, or -1; an id of ``shared`` has its partner.
 
     Args:
-        teacher_bytes: ``[V_t]`` of :func:`byte_numbers`; several ids may have the same bytes.
+        teacher_bytes: ``[V_t]`` of :func:`~vocabridge.objectives._columns.byte_keys`; several ids may have the
+            same bytes.
         student_bytes: ``[V_s]``.
         shared: one pair of ids for all bytes that both sides have, then the end tokens.
     """

@@ -40,14 +40,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from vocabridge.alignment import shared_vocabulary
 from vocabridge.losses.chunk_merge import log_prefix, mass_jsd, prefix_positions
 from vocabridge.losses.chunk_rows import ChunkRows, Ranges, chunk_rows
 from vocabridge.losses.chunked_head import head_rows
 from vocabridge.losses.paired_rows import paired_rows_loss
 from vocabridge.losses.sorted_rows import sorted_l1, tempered
 from vocabridge.models.forward import SideForward
-from vocabridge.objectives._columns import take_columns
+from vocabridge.objectives._columns import shared_columns, take_columns
 from vocabridge.objectives.base import (
     ForwardPair,
     LossTerm,
@@ -82,9 +81,10 @@ class Config(KdConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        ignored = {"jsd_beta", "matched_weight"} & self.model_fields_set
+        # By value, not by what was written: a resolved recipe writes every default out and must read back.
+        ignored = self.model_dump(include={"jsd_beta", "matched_weight"}, exclude_defaults=True)
         if ignored and not self.hybrid:
-            raise ValueError(f"{' and '.join(sorted(ignored))} has no effect with hybrid: false; leave it out")
+            raise ValueError(f"{next(iter(ignored))} has no effect with hybrid: false; leave it out")
         return self
 
 
@@ -102,15 +102,14 @@ class Gold(Objective):
         super().__init__(config, setup)
         assert setup.teacher_head is not None
         sizes = (setup.student_head.weight.shape[0], setup.teacher_head.weight.shape[0])
-        matched = _matched_ids(setup)
-        share = matched.shape[0] / sizes[1]
+        matched = shared_columns(setup)
+        share = matched.teacher.shape[0] / sizes[1]
         self.matched_weight = share if config.matched_weight is None else config.matched_weight
         partners = torch.full((sizes[0],), NO_ID)
-        partners[matched[:, 0]] = matched[:, 1]
+        partners[matched.student] = matched.teacher
         self.register_buffer("partners", partners, persistent=False)
-        for column, side in enumerate(("student", "teacher")):
-            ids = matched[:, column]
-            rest = torch.ones(sizes[column], dtype=torch.bool).index_fill(0, ids, False).nonzero().squeeze(1)
+        for side, size, ids in zip(("student", "teacher"), sizes, (matched.student, matched.teacher), strict=True):
+            rest = torch.ones(size, dtype=torch.bool).index_fill(0, ids, False).nonzero().squeeze(1)
             self.register_buffer(f"{side}_matched", ids, persistent=False)
             self.register_buffer(f"{side}_unmatched", rest, persistent=False)
 
@@ -179,12 +178,3 @@ class Gold(Objective):
             take_columns(student, self.student_unmatched).exp(), take_columns(teacher, self.teacher_unmatched).exp()
         )
         return [torch.zeros_like(ranks).index_add(0, same, matched), ranks.index_add(0, same, unmatched)], []
-
-
-def _matched_ids(setup: ObjectiveSetup) -> Tensor:
-    """``[k, 2]`` student and teacher ids with the same bytes; the two end tokens as a pair."""
-    assert setup.teacher_tokenizer is not None
-    shared = shared_vocabulary(setup.student_tokenizer, setup.teacher_tokenizer)
-    ids = torch.stack([torch.as_tensor(shared.student_ids), torch.as_tensor(shared.teacher_ids)], dim=1)
-    ends = torch.tensor(setup.end_token_ids)
-    return torch.cat([ids[(ids != ends).all(1)], ends[None]])
