@@ -77,6 +77,24 @@ def single_token_chunks(world):
     return pairs
 
 
+def test_a_label_with_a_templates_space_is_not_taught_the_token_without_it():
+    """One template puts a space before the answer: the chunk's bytes are the same, its tokens " In" and "In"."""
+    world = World(BOTH_WAYS[0], kd_weight=1.0, temperature=1.0)
+    pairs = single_token_chunks(world)
+    student_bytes, teacher_bytes = (token_bytes(tokenizer) for tokenizer in world.tokenizers)
+    labels, teacher_labels = (side.labels for side in world.sides)
+    mine, bare = next(
+        (i, teacher_bytes.index(piece[1:]))
+        for i in pairs
+        if (piece := student_bytes[labels[i]]) and piece[:1] == b" " and piece[1:] in teacher_bytes[3:]
+    )
+    assert student_bytes[labels[mine]] == teacher_bytes[teacher_labels[pairs[mine]]]
+    teacher_labels[pairs.pop(mine)] = bare
+    term = world.term()
+    assert float(term.metrics["coverage"].sum) == len(pairs)
+    torch.testing.assert_close(term.sum, expected(world, pairs, kd_weight=1.0, temperature=1.0))
+
+
 def warped_pairs(world):
     """The published pairing, over labels: teacher first; ties go to the diagonal, then to the teacher's step."""
     spelling = [[(text or "").replace(" ", "") for text in texts(one)] for one in world.tokenizers]
@@ -251,7 +269,7 @@ def test_no_pair_leaves_cross_entropy_and_warns(alignment, caplog):
     world.batch["chunk_ids"] = torch.full_like(world.batch["chunk_ids"], -1)
     world.batch["teacher_chunk_ids"] = torch.full_like(world.batch["teacher_chunk_ids"], -1)
     if alignment == "dtw":
-        world.objective._student_ids[:] = -1
+        world.objective.student_ids.fill_(-1)
     term = world.term()
     logits = plain_logits(world.sides[0])
     exact = torch.nn.functional.cross_entropy(logits, world.sides[0].labels, reduction="sum")

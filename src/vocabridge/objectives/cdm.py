@@ -42,12 +42,12 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from vocabridge.alignment.dynamic_map import DynamicMap, TokenPairs
 from vocabridge.losses.chunk_rows import chunk_rows, segment_mean
 from vocabridge.losses.chunked_head import ChunkedLoss, HeadInput, chunked_head_loss, head_rows
 from vocabridge.losses.divergences import forward_kl
+from vocabridge.losses.paired_rows import reference_rows
 from vocabridge.models.forward import SideForward
 from vocabridge.objectives._label_paths import LabelPaths, LabelSpellings
 from vocabridge.objectives.base import (
@@ -141,7 +141,7 @@ class Cdm(Objective):
         pairs = self._map.pairs(self._likeliest(mine), self._likeliest(theirs))
         columns = _columns(pairs, device=student.labels.device)
         reference = chunked_head_loss(
-            _reference_rows, [head_input(student)], [student.labels], weights=[1 - self.config.kd_weight]
+            reference_rows, [head_input(student)], [student.labels], weights=[1 - self.config.kd_weight]
         )
         distillation = chunked_head_loss(
             self._rows,
@@ -233,11 +233,6 @@ def _entropies(side: SideForward) -> Tensor:
         return -(log_probs.exp() * log_probs).sum(-1)
 
     return head_rows(row_function, [head_input(side)])
-
-
-def _reference_rows(logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    (own,), (labels,) = logits, rows
-    return [cross_entropy(own, labels, reduction="none")], [(own.detach().argmax(-1) == labels).float()]
 
 
 def _metrics(

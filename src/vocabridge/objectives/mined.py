@@ -16,7 +16,9 @@ Needs both tokenizers; the map is made in seconds to minutes and kept on disk.
 What we do differently, and why:
 - ``alignment: chunks`` (default) pairs the positions that are alone in their byte-exact chunk on both sides, so both
   rows predict the same text after the same text. ``dtw`` is the published pairing by dynamic time warping over edit
-  distances, in which a student position counts if it has one partner and that partner's token is mapped to its own.
+  distances, in which a student position counts if it has one partner.
+- In both, the teacher's label must be mapped to the student's (published), else the mapped row would teach another
+  token than the label: "In" for " In" where only the student's chat template puts a space before the answer.
 - Paths run over labels, the tokens that the rows predict. The released code runs over the input tokens, one position
   earlier, and compares the rows that follow.
 - End tokens pair by role, in the rows and in the map.
@@ -41,6 +43,7 @@ from vocabridge.alignment import inverse_nearest_tokens, nearest_tokens
 from vocabridge.losses.chunk_rows import chunk_rows
 from vocabridge.losses.chunked_head import HeadInput, chunked_head_loss
 from vocabridge.losses.divergences import forward_kl
+from vocabridge.losses.paired_rows import reference_rows
 from vocabridge.models.forward import SideForward
 from vocabridge.objectives._columns import take_columns
 from vocabridge.objectives._label_paths import LabelSpellings
@@ -67,7 +70,7 @@ class Config(KdConfig):
     use_when: ClassVar[str] = "as the published baseline that reads the teacher through a map between the vocabularies"
 
     alignment: Literal["chunks", "dtw"] = "chunks"
-    """Rows that are paired: single tokens with the same bytes, or by dynamic time warping (published)."""
+    """Rows that are paired: those alone in a byte-exact chunk, or by dynamic time warping (published)."""
     temperature: float = Field(2.0, gt=0)
     """Divides both sides' logits in the distillation part, for unpaired positions as well."""
 
@@ -76,18 +79,19 @@ class Mined(Objective):
     """The teacher's rows in the student's vocabulary where positions pair, the label elsewhere."""
 
     config: Config
+    student_ids: Tensor
     sources: Tensor
     has_source: Tensor
 
     def __init__(self, config: Config, setup: ObjectiveSetup):
         super().__init__(config, setup)
         sources = torch.as_tensor(_teacher_ids(setup))
-        # Follow from the tokenizers, so they are not saved.
+        # All follow from the tokenizers, so they are not saved.
+        self.register_buffer("student_ids", torch.as_tensor(_student_ids(setup)), persistent=False)
         self.register_buffer("sources", sources.clamp(min=0), persistent=False)
         self.register_buffer("has_source", sources >= 0, persistent=False)
         if config.alignment == "dtw":
             self._spellings = LabelSpellings(setup)
-            self._student_ids = _student_ids(setup)
 
     def forward(self, pair: ForwardPair, batch: PairBatch) -> dict[str, LossTerm]:
         """One term ``mined``, cross-entropy included, in nats."""
@@ -116,36 +120,26 @@ class Mined(Objective):
         return {"mined": LossTerm(unpaired.total + paired.total, count, metrics=metrics)}
 
     def _pairs(self, student: SideForward, teacher: SideForward, batch: PairBatch) -> RowPairs:
+        """Student positions with one partner, whose label is mapped to theirs."""
         if self.config.alignment == "dtw":
-            return self._warped_pairs(student, teacher)
-        chunks = chunk_rows(student.rows, batch["chunk_ids"], teacher.rows, batch["teacher_chunk_ids"])
-        return RowPairs(chunks.student.starts[chunks.one_to_one], chunks.teacher.starts[chunks.one_to_one])
-
-    def _warped_pairs(self, student: SideForward, teacher: SideForward) -> RowPairs:
-        """Student positions with one partner on the path, whose label is mapped to theirs."""
-        paths = self._spellings.paths(student, teacher)
-        device = student.labels.device
-        mine, theirs = (torch.as_tensor(side, device=device) for side in (paths.student, paths.teacher))
-        mapped = torch.as_tensor(self._student_ids, device=device)[teacher.labels[theirs]]
-        has_one_partner = torch.bincount(mine, minlength=student.labels.shape[0])[mine] == 1
-        kept = has_one_partner & (mapped == student.labels[mine])
+            paths = self._spellings.paths(student, teacher)
+            mine, theirs = (torch.as_tensor(side).to(student.labels.device) for side in (paths.student, paths.teacher))
+            kept = torch.bincount(mine, minlength=student.labels.shape[0])[mine] == 1
+        else:
+            chunks = chunk_rows(student.rows, batch["chunk_ids"], teacher.rows, batch["teacher_chunk_ids"])
+            mine, theirs, kept = chunks.student.starts, chunks.teacher.starts, chunks.one_to_one
+        kept = kept & (self.student_ids[teacher.labels[theirs]] == student.labels[mine])
         return RowPairs(mine[kept], theirs[kept])
 
     def _unpaired_rows(self, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        reference, right = _reference(logits[0], rows[0])
-        tempered = cross_entropy(logits[0] / self.config.temperature, rows[0], reduction="none")
-        return [reference, tempered], [right]
+        reference, right = reference_rows(logits, rows)
+        return [*reference, cross_entropy(logits[0] / self.config.temperature, rows[0], reduction="none")], right
 
     def _paired_rows(self, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         own, theirs = logits
-        reference, right = _reference(own, rows[0])
+        reference, right = reference_rows(logits, rows)
         mapped = take_columns(theirs, self.sources).masked_fill(~self.has_source, -torch.inf)
-        return [reference, forward_kl(own, mapped, temperature=self.config.temperature)], [right]
-
-
-def _reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy ``[n]`` and whether the most likely token is the label."""
-    return cross_entropy(logits, labels, reduction="none"), (logits.detach().argmax(-1) == labels).float()
+        return [*reference, forward_kl(own, mapped, temperature=self.config.temperature)], right
 
 
 def _at(side: SideForward, index: Tensor, *, train_head: bool = True) -> HeadInput:
