@@ -49,7 +49,8 @@ def loss_by_loops(sides, config, *, size, partner=None):
 @pytest.mark.parametrize("padding", [(0, 9), (9, 0)])
 def test_value_and_gradients_by_loops(tiny_bpe_tokenizer, name, padding):
     sides = random_sides(tiny_bpe_tokenizer, tiny_bpe_tokenizer, rows=ROWS[:2], extra_head_rows=padding)
-    config = Config(divergence=name, kd_weight=0.3, temperature=1.7, jsd_beta=0.8, skew=0.2)
+    own = {"generalised_jsd": {"jsd_beta": 0.8}, "skewed_forward": {"skew": 0.2}, "skewed_reverse": {"skew": 0.2}}
+    config = Config(divergence=name, kd_weight=0.3, temperature=1.7, **own.get(name, {}))
     term = LogitKd(config, sides.setup)(sides.forward, sides.batch)["logit_kd"]
     expected = loss_by_loops(sides, config, size=len(tiny_bpe_tokenizer))
     torch.testing.assert_close(term.sum, expected)

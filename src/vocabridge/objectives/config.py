@@ -60,6 +60,15 @@ class DivergenceConfig(KdConfig):
     jsd_beta: float = Field(0.5, gt=0, lt=1)
     """The teacher's share in the mixture of the generalised Jensen-Shannon divergence."""
 
+    @model_validator(mode="after")
+    def _check_divergence(self) -> Self:
+        readers = {"skew": "skewed", "adaptive_alpha": "adaptive", "jsd_beta": "generalised_jsd"}
+        # By value, not by what was written: a resolved recipe writes every default out and must read back.
+        for name in self.model_dump(include=set(readers), exclude_defaults=True):
+            if not self.divergence.startswith(readers[name]):
+                raise ValueError(f"{name} has no effect with divergence '{self.divergence}'; leave it out")
+        return self
+
 
 class DualSpaceConfig(DivergenceConfig):
     """Of an objective that mixes projected hidden states of one model into the positions of the other."""
@@ -106,7 +115,6 @@ class PairedSpaceConfig(DivergenceConfig):
 
     @model_validator(mode="after")
     def _check_projector(self) -> Self:
-        # By value, not by what was written: a resolved recipe writes every default out and must read back.
         changed = self.model_dump(include={"recompute_every"}, exclude_defaults=True)
         if self.teacher_space_projector == "learned" and changed:
             raise ValueError("recompute_every has no effect with teacher_space_projector 'learned'; leave it out")
