@@ -1,4 +1,6 @@
+import copy
 import logging
+import math
 from dataclasses import replace
 from typing import get_args
 
@@ -21,6 +23,8 @@ from vocabridge.objectives.logit_kd import LogitKd
 from vocabridge.objectives.shared_vocabulary import Config, SharedVocabularyKd
 
 NAME = "shared_vocabulary"
+
+OWN_SETTINGS = {"generalised_jsd": {"jsd_beta": 0.8}, "skewed_forward": {"skew": 0.2}, "skewed_reverse": {"skew": 0.2}}
 
 
 def shared_ids(setup):
@@ -98,7 +102,9 @@ def tokenizers(tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
 @pytest.mark.parametrize("swapped", [False, True])
 def test_value_and_gradients_by_loops(tokenizers, divergence, rest, swapped):
     sides = random_sides(*tokenizers[:: -1 if swapped else 1], rows=ROWS[:3], soft_cap=4.0)
-    config = Config(divergence=divergence, rest=rest, kd_weight=0.3, temperature=1.7, jsd_beta=0.8, skew=0.2)
+    config = Config(
+        divergence=divergence, rest=rest, kd_weight=0.3, temperature=1.7, **OWN_SETTINGS.get(divergence, {})
+    )
     term = call(config, sides)
     expected, num_pairs = loss_by_loops(sides, config)
     torch.testing.assert_close(term.sum, expected)
@@ -117,7 +123,7 @@ def test_equal_tokenizers_reduce_to_logit_kd(control, rest, divergence):
     """Where no token but the end is a control token, or one other, which then is the bucket."""
     tokenizer = tokenizer_zoo.byte_level_bpe(control=control)
     sides = random_sides(tokenizer, tokenizer, rows=ROWS[:3])
-    settings = {"divergence": divergence, "temperature": 1.5, "jsd_beta": 0.3, "kd_weight": 0.6}
+    settings = {"divergence": divergence, "temperature": 1.5, "kd_weight": 0.6, **OWN_SETTINGS.get(divergence, {})}
     mine = call(Config(rest=rest, **settings), sides)
     other = LogitKd(LogitKdConfig(**settings), sides.setup)(sides.forward, sides.batch)["logit_kd"]
     torch.testing.assert_close(mine.sum, other.sum)
@@ -156,6 +162,18 @@ def test_every_example_of_a_batch_is_aligned(tokenizers):
     assert all(ratio.sum >= 2 for ratio in alone)
     assert together.sum == sum(ratio.sum for ratio in alone)
     assert together.count == sum(ratio.count for ratio in alone)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_bucket_that_one_side_cannot_fill_is_refused(tokenizers, swapped):
+    """GPT-2 under OPT: every token is shared, so the student's bucket has probability 0 and the KL no bound."""
+    small = tokenizer_zoo.byte_level_bpe(control=("<|endoftext|>",) * 2)
+    large = copy.deepcopy(small)
+    large.add_tokens(["<|mask|>"], special_tokens=True)
+    sides = random_sides(*(small, large)[:: -1 if swapped else 1], rows=ROWS[:1])
+    assert math.isfinite(float(call(Config(), sides).sum.detach()))
+    with pytest.raises(UserError, match=f"every token of the {'teacher' if swapped else 'student'} is shared"):
+        call(Config(rest="bucket"), sides)
 
 
 def test_jsd_beta_is_the_teachers_share(tokenizers):

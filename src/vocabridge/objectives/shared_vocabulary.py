@@ -89,6 +89,15 @@ class SharedVocabularyKd(Objective):
                 "objective shared_vocabulary: the two vocabularies share no token but the end token; use an objective "
                 "that needs no common tokens, such as dskd_cma."
             )
+        assert setup.teacher_head is not None
+        sizes = (len(setup.student_head.weight), len(setup.teacher_head.weight))
+        if config.rest == "bucket" and len(columns.student) in sizes:
+            side = "student" if len(columns.student) == sizes[0] else "teacher"
+            # Its bucket has probability 0, so that a divergence from the other side's is infinite.
+            raise UserError(
+                f"objective shared_vocabulary: every token of the {side} is shared, so there is no rest to compare; "
+                "use rest: ignore."
+            )
         # All follow from the tokenizers, so they are not saved.
         self.register_buffer("student_columns", columns.student, persistent=False)
         self.register_buffer("teacher_columns", columns.teacher, persistent=False)
