@@ -163,11 +163,9 @@ def test_hybrid_has_no_gradient_where_models_agree_on_a_strict_part(tiny_bpe_tok
     case = Case(tiny_bpe_tokenizer, tiny_bpe_tokenizer, chunks=ONE_TO_ONE)
     case.teacher = case.student
     objective = XToken(Config(loss="h_kl", kd_weight=1.0), replace(case.setup, teacher_head=case.student.head))
-    columns = objective._columns
     kept, rest = torch.arange(0, 700, 2), torch.arange(1, 700, 2)
-    columns.student_common = columns.teacher_common = kept
-    columns.student_rest = columns.teacher_rest = rest
-    columns.both_have_rest = True
+    objective.student_common = objective.teacher_common = kept
+    objective.student_rest = objective.teacher_rest = rest
     term = objective(ForwardPair(case.student, case.student), case.batch)["x_token"]
     (gradient,) = torch.autograd.grad(term.sum, case.student.hidden_states)
     assert gradient.abs().max() < 1e-12
@@ -283,6 +281,14 @@ def test_the_templates_end_tokens_are_partners(tiny_bpe_tokenizer, tiny_sentence
     matrix, pinned = case.dense_map()
     assert pinned[student_end] == pinned[tiny_bpe_tokenizer.eos_token_id] == tiny_sentencepiece_tokenizer.eos_token_id
     assert matrix[student_end].sum() == matrix[student_end, tiny_sentencepiece_tokenizer.eos_token_id] == 1.0
+
+
+def test_columns_follow_the_objective_to_its_device(tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
+    """Else the ids of both whole vocabularies would be sent there for every block of every step."""
+    objective = XToken(Config(loss="h_kl"), Case(tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer).setup).to("meta")
+    columns = [objective.student_common, objective.student_rest, objective.teacher_common, objective.teacher_rest]
+    assert [column.device.type for column in columns] == ["meta"] * 4
+    assert not objective.state_dict()
 
 
 def test_setting_without_effect_is_refused():

@@ -103,18 +103,23 @@ class XToken(Objective):
     """Divergence of chunk distributions in the teacher's vocabulary, or over common tokens."""
 
     config: Config
+    student_common: Tensor
+    student_rest: Tensor
+    teacher_common: Tensor
+    teacher_rest: Tensor
 
     def __init__(self, config: Config, setup: ObjectiveSetup):
         super().__init__(config, setup)
-        entries, pinned = vocabulary_map(setup)
-        # No buffer: data parallelism would send it at every step, and cannot send sparse tensors.
-        self._projection = Projection.of(entries, len(setup.student_head.weight))
         assert setup.teacher_head is not None
-        self._columns = _Columns(
-            common_tokens(entries, pinned=pinned, threshold=LEAST_WEIGHT[config.common]),
-            len(setup.student_head.weight),
-            len(setup.teacher_head.weight),
-        )
+        entries, pinned = vocabulary_map(setup)
+        # No buffer: data parallelism cannot send sparse tensors.
+        self._projection = Projection.of(entries, len(setup.student_head.weight))
+        common = common_tokens(entries, pinned=pinned, threshold=LEAST_WEIGHT[config.common])
+        sizes = (len(setup.student_head.weight), len(setup.teacher_head.weight))
+        for side, ids, size in zip(("student", "teacher"), (common.rows, common.columns), sizes, strict=True):
+            rest = np.setdiff1d(np.arange(size), ids)
+            self.register_buffer(f"{side}_common", torch.from_numpy(ids), persistent=False)
+            self.register_buffer(f"{side}_rest", torch.from_numpy(rest), persistent=False)
         if not len(entries.rows):
             raise UserError("objective x_token: no token of one vocabulary can be spelled in the other; use dskd_cma.")
         self._divergence = divergence(
@@ -159,17 +164,16 @@ class XToken(Objective):
         return [self._divergence(own, theirs)], [agrees, mass]
 
     def _hybrid(self, block: ChunkLogits) -> tuple[list[Tensor], list[Tensor]]:
-        columns = self._columns
         # A mean of logits is a mean of log-probabilities up to a constant, which normalising takes away.
         tempered = block.student / self.config.temperature
         own = segment_mean(tempered, block.student_chunks, block.num_chunks).log_softmax(-1)
         theirs = self._teacher_means(block).log_softmax(-1)
-        own_common, own_rest = take_columns(own, columns.student_common), take_columns(own, columns.student_rest)
-        common, rest = take_columns(theirs, columns.teacher_common), take_columns(theirs, columns.teacher_rest)
+        own_common, own_rest = take_columns(own, self.student_common), take_columns(own, self.student_rest)
+        common, rest = take_columns(theirs, self.teacher_common), take_columns(theirs, self.teacher_rest)
         agrees = (own_common.detach().argmax(-1) == common.argmax(-1)).float()
         mass = common.exp().sum(-1)
         distance = sorted_l1(own_rest.exp(), rest.exp())
-        if columns.both_have_rest:
+        if len(self.student_rest) and len(self.teacher_rest):
             own_common = torch.cat([own_common, own_rest.logsumexp(-1, keepdim=True)], dim=-1)
             common = torch.cat([common, rest.logsumexp(-1, keepdim=True)], dim=-1)
         return [self._divergence(own_common, common), distance], [agrees, mass]
@@ -177,16 +181,6 @@ class XToken(Objective):
     def _teacher_means(self, block: ChunkLogits) -> Tensor:
         """``[c, V_t]`` mean tempered logits of every chunk: its mean log-probabilities up to a constant."""
         return segment_mean(block.teacher, block.teacher_chunks, block.num_chunks) / self.config.temperature
-
-
-class _Columns:
-    """Ids of common tokens, pair by pair, and of all others on each side."""
-
-    def __init__(self, common: Entries, student_size: int, teacher_size: int) -> None:
-        self.student_common, self.teacher_common = torch.from_numpy(common.rows), torch.from_numpy(common.columns)
-        self.student_rest = torch.from_numpy(np.setdiff1d(np.arange(student_size), common.rows))
-        self.teacher_rest = torch.from_numpy(np.setdiff1d(np.arange(teacher_size), common.columns))
-        self.both_have_rest = bool(len(self.student_rest) and len(self.teacher_rest))
 
 
 def vocabulary_map(setup: ObjectiveSetup) -> tuple[Entries, Entries]:
