@@ -74,10 +74,10 @@ def test_sums_and_gradients_do_not_depend_on_the_blocks(chunk_bytes):
         sums = [total + term for total, term in zip(sums, terms, strict=True)]
     total = 0.6 * reference + 0.4 * (sums[0] + 0.5 * sums[1])
     torch.testing.assert_close(result.total, total)
-    torch.testing.assert_close(result.cross_entropy, reference.detach())
+    torch.testing.assert_close(result.reference["cross_entropy"].sum, reference.detach())
     torch.testing.assert_close(result.sums, torch.stack(sums[:2]).detach())
     torch.testing.assert_close(result.metrics, sums[2].reshape(1))
-    assert float(result.right) == float((logits.argmax(-1) == case.labels).sum())
+    assert float(result.reference["student_accuracy"].sum) == float((logits.argmax(-1) == case.labels).sum())
     for gradient, expected in zip(gradients, torch.autograd.grad(3 * total, case.leaves), strict=True):
         torch.testing.assert_close(gradient, expected)
     assert sum(block.num_chunks for block in case.blocks) == 7

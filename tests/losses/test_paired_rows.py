@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vocabridge.losses import chunked_head
+from vocabridge.losses import chunked_head, paired_rows
 from vocabridge.losses.chunked_head import HeadInput
 from vocabridge.losses.paired_rows import paired_rows_loss
 
@@ -95,3 +95,30 @@ def test_cross_entropy_without_weight_costs_nothing_and_is_not_logged():
     torch.testing.assert_close(result.total, (hidden @ weight.T)[[2, 5]].logsumexp(-1).sum())
     (gradient,) = torch.autograd.grad(result.total, hidden)
     assert gradient.abs().sum(-1).nonzero().squeeze(1).tolist() == [2, 5]
+
+
+def test_nothing_unpaired_makes_no_second_gradient_of_the_head(monkeypatch):
+    """Zeros as large as the head, each step, where all positions pair as with a common tokenizer."""
+    passes = []
+    one = paired_rows.chunked_head_loss
+    monkeypatch.setattr(
+        paired_rows, "chunked_head_loss", lambda *args, **options: passes.append(1) or one(*args, **options)
+    )
+    student = HeadInput(leaf(N, H_S, seed=1), leaf(11, H_S, seed=2))
+    teacher = HeadInput(leaf(N, H_T, seed=4).detach(), leaf(17, H_T, seed=5))
+    for num_pairs, num_passes in ((N, 1), (N - 1, 2)):
+        index = torch.arange(num_pairs)
+        passes.clear()
+        result = paired_rows_loss(
+            student,
+            torch.arange(N),
+            teacher,
+            student_index=index,
+            teacher_index=index,
+            row_losses=lambda logits, rows: ([logits[0].sum(-1) * 0], []),
+            weights=[1.0],
+            kd_weight=0.3,
+        )
+        assert len(passes) == num_passes
+        reference = F.cross_entropy(student.hidden @ student.weight.T, torch.arange(N), reduction="sum")
+        torch.testing.assert_close(result.total, 0.7 * reference)
