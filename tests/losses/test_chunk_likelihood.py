@@ -103,6 +103,15 @@ def test_finite_at_certainty_and_at_impossibility(name):
     assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gradient_pushes_a_student_away_from_the_teacher(name):
+    """However far it is below the teacher, its likelihood is to grow, or (a saturated difference) nothing is said."""
+    student = leaf([-2.0, -20.0, -200.0, -700.0], torch.float32)
+    (gradient,) = torch.autograd.grad(difference(name)(torch.full((4,), -1.0), student).sum(), student)
+    assert (gradient <= 0).all()
+    assert gradient[0] < 0
+
+
 def test_high_temperature_tends_to_the_limit():
     teacher, student = torch.tensor([-2.0, -0.5]).double(), torch.tensor([-0.7, -3.0]).double()
     hot = chunk_difference("binary_cross_entropy", temperature=1e3, renyi_alpha=ALPHA)

@@ -143,7 +143,7 @@ def chunk_difference(name: str, *, temperature: float, renyi_alpha: float) -> Ch
         "absolute_probability": lambda a, b: (a.exp() - b.exp()).abs(),
         "renyi": partial(_renyi, alpha=renyi_alpha),
         "k2": lambda a, b: (a - b).square() / 2,
-        "k3": lambda a, b: torch.expm1((a - b).clamp(max=MAX_LOG_RATIO)) - (a - b),
+        "k3": _k3,
     }
     formula = tempered[name]
 
@@ -173,6 +173,12 @@ def _binary_reverse_kl(a: Tensor, b: Tensor) -> Tensor:
 def _binary_kl_limit(teacher: Tensor, student: Tensor) -> Tensor:
     a, b = teacher - EPSILON, student - EPSILON
     return (a - b) + a * (b / a).log()
+
+
+def _k3(a: Tensor, b: Tensor) -> Tensor:
+    ratio = a - b
+    near = ratio.clamp(max=MAX_LOG_RATIO)
+    return torch.expm1(near) * (1 + ratio - near) - ratio  # a straight line where the exponential would overflow
 
 
 def _renyi(a: Tensor, b: Tensor, *, alpha: float) -> Tensor:
