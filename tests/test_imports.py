@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"objectives"},
     {"recipe"},
     {"distillation_model"},
-    {"saving", "interrupt", "model_card", "run_record", "training_arguments", "assembly", "diagnostics"},
+    {"saving", "interrupt", "model_card", "run_record", "training_arguments", "pair_cache", "assembly", "diagnostics"},
     {"batching"},
     {"trainer"},
     {"evaluation"},

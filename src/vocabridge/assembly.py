@@ -24,7 +24,8 @@ from vocabridge.models.spec import ModelSpec, Side
 from vocabridge.objectives import objective_class
 from vocabridge.objectives._composition import Composition, WeightedPart
 from vocabridge.objectives.base import Objective, ObjectiveSetup
-from vocabridge.pairs import PairDataset, PairTokenizer, StreamingPairs, TokenizedPair, tokenize_examples
+from vocabridge.pair_cache import cached_pairs
+from vocabridge.pairs import PairDataset, PairTokenizer, StreamingPairs, TokenizedPair
 from vocabridge.recipe.objective import read_objective
 from vocabridge.text import Example, read_examples
 
@@ -123,7 +124,7 @@ def as_pairs(
     if data is None or isinstance(data, PairDataset | StreamingPairs):
         return data
     examples = data if isinstance(data, list) and data and isinstance(data[0], Example) else read_examples(data)
-    return tokenize_examples(examples, pair_tokenizer, progress=progress)
+    return cached_pairs(examples, pair_tokenizer, progress=progress)
 
 
 def refuse_own_folder(model: PreTrainedModel | str, output_dir: str | None, side: Side) -> None:

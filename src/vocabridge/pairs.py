@@ -309,7 +309,7 @@ def tokenize_examples(
 
         examples = track(examples, description="Tokenizing")
     pairs = list(_tokenized(examples, pair_tokenizer, stats))
-    _report(stats, pair_tokenizer.max_length)
+    log_stats(stats, pair_tokenizer.max_length)
     return PairDataset(pairs, stats)
 
 
@@ -357,7 +357,7 @@ class StreamingPairs(IterableDataset[TokenizedPair]):
             examples = islice(examples, worker.id, None, worker.num_workers)
         yield from _tokenized(examples, self.pair_tokenizer, self.stats)
         if worker is None or self.stats.rows:  # with few rows, a worker may have none
-            _report(self.stats, self.pair_tokenizer.max_length)
+            log_stats(self.stats, self.pair_tokenizer.max_length)
 
 
 def _tokenized(examples: Iterable[Example], pair_tokenizer: PairTokenizer, stats: PairStats) -> Iterator[TokenizedPair]:
@@ -379,8 +379,12 @@ def _tokenized(examples: Iterable[Example], pair_tokenizer: PairTokenizer, stats
             stats.dropped_long += 1
 
 
-def _report(stats: PairStats, max_length: int) -> None:
-    """Log what became of the rows; refuse when nothing is left to train on."""
+def log_stats(stats: PairStats, max_length: int) -> None:
+    """Log what became of the rows.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
     if not stats.kept:
         raise UserError(
             f"No row is left: of {stats.rows} rows, {stats.dropped_empty} have no response and {stats.dropped_long} "

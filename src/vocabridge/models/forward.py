@@ -117,7 +117,11 @@ def teacher_side(
     vocab_size: int | None = None,
     layers: LayerRequest = NO_LAYERS,
 ) -> SideForward:
-    """:func:`forward_side` of a frozen model: no gradient, and dropout must be off."""
+    """:func:`forward_side` of a frozen model: no gradient, and dropout must be off.
+
+    Not ``torch.inference_mode``: the student's graph saves these hidden states as constants, which autograd refuses of
+    inference tensors, and it is no faster (Gemma-3-270M, 4 x 256 tokens on one core: 3.04 s, and 3.01 s so).
+    """
     assert not model.training, "the teacher must be in eval mode: dropout would make its targets random"
     with torch.no_grad():
         return forward_side(model, input_ids, attention_mask, labels, vocab_size=vocab_size, layers=layers)
