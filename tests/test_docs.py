@@ -99,6 +99,18 @@ def test_tables_are_those_of_the_code(document, name, make):
     assert rewritten(text, name, make()) == text, "run: python docs/tables.py"
 
 
+def test_every_defect_has_a_test_that_exists():
+    rows = [
+        line for line in (ROOT / "docs" / "defects.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "
+    ]
+    assert len(rows) > 40
+    for row in rows[1:]:
+        tests = re.findall(r"`(tests/\S+\.py)::(\w+)`", row)
+        assert tests, row
+        for file, name in tests:
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), f"{file}::{name}"
+
+
 @pytest.mark.parametrize("name", objective_names())
 def test_every_objective_has_a_test_and_a_recipe(name):
     assert (ROOT / f"tests/objectives/test_{name}.py").is_file()

@@ -145,6 +145,25 @@ def test_chunk_size_does_not_matter(world, monkeypatch):
     assert_same(expected, world.gradients(world.batch()))
 
 
+def test_nothing_that_was_given_is_written_into(world):
+    """Neither the batch nor what the models gave; and a second call finds the objective as the first did."""
+    batch, given = world.batch(), []
+    objective = world.objective
+    world.objective = lambda pair, batch: given.append(pair) or objective(pair, batch)
+    world.objective.layers = objective.layers
+    loss = world.loss(batch)
+    tensors = [*batch.values(), *(t for side in (given[0].student, given[0].teacher) for t in own_tensors(side))]
+    before = [tensor.detach().clone() for tensor in tensors]
+    again = sum(term.weight * term.sum for term in objective(given[0], batch).values())
+    again.backward()
+    assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))
+    torch.testing.assert_close(again, loss, rtol=1e-6, atol=0.0)
+
+
+def own_tensors(side):
+    return [side.hidden_states, side.input_ids, side.labels, side.rows, side.head.weight]
+
+
 def test_no_logits_of_all_tokens_are_alive(world, monkeypatch):
     shrink_chunks(monkeypatch)
     batch = world.batch(world.pairs * 3)
