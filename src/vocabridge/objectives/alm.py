@@ -9,9 +9,9 @@ and byte-exact chunks, no vocabulary map and no learned parts.
     L = (1 - kd_weight) CE + kd_weight tau sum_c f(c)
 
 Token-ending bytes are space, tab and newline; control and added tokens count too. Chunks whose end the teacher does not
-think is one (probability at most ``merge_threshold``) are joined with the next. With the cross-entropy from the same
-pass, the student's head is applied once. The term's least value is not 0: where both agree, ``binary_cross_entropy`` is
-the entropy of the tempered likelihood, with zero gradient.
+think is one (probability at most ``merge_threshold``) are joined with the next. The cross-entropy is from the
+same pass; the backward pass applies the student's head once more. The term's least value is not 0: where both agree,
+``binary_cross_entropy`` is the entropy of the tempered likelihood, with zero gradient.
 
 What we do differently, and why:
 - ``temperature`` 5 rather than the released 100: the best of the paper's own sensitivity table (56.3 against 55.5).
