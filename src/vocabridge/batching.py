@@ -246,6 +246,7 @@ class LengthGroupingTrainer(Trainer):
                 persistent_workers=persistent_workers,
                 multiprocessing_context=self.args.dataloader_multiprocessing_context,
                 prefetch_factor=self.args.dataloader_prefetch_factor,
+                in_order=self.args.dataloader_in_order,
             )
         )
         # With this, accelerate's loader finds the sampler to tell it the epoch even where it is wrapped twice: by a
