@@ -30,7 +30,7 @@ LAYERS: list[set[str]] = [
     {"trainer"},
     {"evaluation"},
     {"analysis"},
-    {"run", "generate_data"},
+    {"run", "generate_data", "cache_teacher"},
     {"study"},
     {"cli", "__main__"},
     {""},  # the package itself: public names

@@ -127,6 +127,22 @@ def distill(
     raise typer.Exit(INTERRUPTED)
 
 
+@app.command("cache-teacher")
+def cache_teacher(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Run the teacher over the recipe's data once and keep its hidden states for every later run."""
+    from vocabridge.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    try:
+        from vocabridge.run import write_teacher_cache
+
+        cache = write_teacher_cache(loaded).cache
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    print(f"{cache.folder}: {len(cache)} rows, {cache.num_bytes / 1e6:.1f} MB")
+
+
 @app.command()
 def validate(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Check a recipe completely, without loading any model."""

@@ -14,15 +14,18 @@ from typing import Any
 import torch
 import yaml
 from peft import PeftModel
-from transformers import TrainerState, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from vocabridge.cache_teacher import Processes, cache_teacher
 from vocabridge.errors import UserError
 from vocabridge.evaluation.evaluate import evaluate_model
 from vocabridge.evaluation.results import EvaluationResult
 from vocabridge.model_card import write_model_card
+from vocabridge.models.cached_teacher import CachedTeacher
 from vocabridge.models.loading import load_student, load_teacher, load_tokenizer
+from vocabridge.models.spec import ModelSpec
 from vocabridge.pairs import PairTokenizer, StreamingPairs
 from vocabridge.recipe import Recipe
 from vocabridge.run_record import write_run_record
@@ -37,6 +40,7 @@ _RECIPE_FILE = "recipe.yaml"
 _RUN_FILES = (_RECIPE_FILE, "run.json")
 _FREE_KEYS = (
     "evaluation.",
+    "teacher.cache",
     *(f"training.{name}" for name in ("max_steps", "num_train_epochs", "save_", "logging_", "eval_", "report_to")),
     *(f"training.{name}" for name in ("diagnostics_", "disable_tqdm", "output_dir", "dataloader_", "per_device_eval_")),
 )
@@ -117,6 +121,44 @@ def _train(trainer: DistillationTrainer, checkpoint: str | None) -> bool:
     return True
 
 
+def write_teacher_cache(recipe: Recipe) -> CachedTeacher:
+    """Run the teacher of ``recipe`` over its data, once, and keep its hidden states; the student plays no role.
+
+    Raises:
+        UserError: the recipe has no teacher, or as :func:`vocabridge.cache_teacher.cache_teacher`.
+    """
+    if recipe.teacher is None:
+        raise UserError("the recipe has no 'teacher' section, so there is nothing to cache.")
+    arguments = _training_arguments(recipe)
+    return _cached_teacher(recipe.teacher, _all_examples(recipe), arguments, load_tokenizer(recipe.teacher))
+
+
+def _all_examples(recipe: Recipe) -> list[Example]:
+    return _read(recipe.data.train, recipe.data.limit) + _read(recipe.data.validation, None)
+
+
+def _cached_teacher(
+    teacher: ModelSpec,
+    examples: list[Example],
+    arguments: DistillationConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> CachedTeacher:
+    processes = Processes(
+        rank=arguments.process_index,
+        world_size=arguments.world_size,
+        wait=lambda: _wait_for_all(arguments),
+        device=arguments.device,
+    )
+    return cache_teacher(
+        teacher,
+        examples,
+        max_length=arguments.max_length,
+        tokenizer=tokenizer,
+        processes=processes,
+        progress=not arguments.disable_tqdm,
+    )
+
+
 def _wait_for_all(arguments: DistillationConfig) -> None:
     if arguments.world_size > 1:
         torch.distributed.barrier()
@@ -181,9 +223,16 @@ def _build_trainer(recipe: Recipe, arguments: DistillationConfig) -> Distillatio
     validation_examples = _read(recipe.data.validation, None) if recipe.data.validation else None
     student_tokenizer = load_tokenizer(recipe.student)
     teacher_tokenizer = load_tokenizer(recipe.teacher) if recipe.teacher else None
+    student = load_student(recipe.student)
+    teacher: PreTrainedModel | CachedTeacher | None = None
+    if recipe.teacher is not None and recipe.teacher.cache is not None:
+        examples = (training_examples or []) + (validation_examples or [])
+        teacher = _cached_teacher(recipe.teacher, examples, arguments, teacher_tokenizer)
+    elif recipe.teacher is not None:
+        teacher = load_teacher(recipe.teacher)
     return DistillationTrainer(
-        load_student(recipe.student),
-        load_teacher(recipe.teacher) if recipe.teacher else None,
+        student,
+        teacher,
         objective=recipe.objective.values(),
         args=arguments,
         train_dataset=training_examples

@@ -22,9 +22,10 @@ from vocabridge.diagnostics import DiagnosticsCallback
 from vocabridge.distillation_model import DistillationModel, tally_dtype
 from vocabridge.errors import UserError
 from vocabridge.interrupt import InterruptCallback
+from vocabridge.models.cached_teacher import CachedTeacher, teacher_signal
 from vocabridge.models.forward import check_head
 from vocabridge.models.loading import vocabulary_size
-from vocabridge.models.teacher import LiveTeacher
+from vocabridge.models.teacher import TeacherSignal
 from vocabridge.objectives.base import Objective
 from vocabridge.pairs import (
     IGNORE_INDEX,
@@ -48,7 +49,7 @@ class DistillationTrainer(LengthGroupingTrainer):
 
     Args:
         student: a causal language model, or its hub id, folder or GGUF file.
-        teacher: likewise; None for objectives that need none. It is frozen.
+        teacher: likewise, or a :class:`CachedTeacher`; None for objectives that need none. It is frozen.
         objective: a recipe name (``"dskd_cma"``), a mapping ``{"name": ..., **settings}``, or an :class:`Objective`.
         args: training arguments.
         train_dataset: a JSONL file, a ``datasets`` folder, id or dataset, a list of rows or examples, or a
@@ -69,7 +70,7 @@ class DistillationTrainer(LengthGroupingTrainer):
     def __init__(
         self,
         student: PreTrainedModel | str,
-        teacher: PreTrainedModel | str | None = None,
+        teacher: PreTrainedModel | CachedTeacher | str | None = None,
         *,
         objective: str | Mapping[str, Any] | Objective = "dskd_cma",
         args: DistillationConfig,
@@ -83,6 +84,8 @@ class DistillationTrainer(LengthGroupingTrainer):
         set_seed(args.seed)  # the projectors start at random, before the base class sets the seed
         student, student_tokenizer = resolve_model(student, student_tokenizer, "student")
         refuse_own_folder(student, args.output_dir, "student")
+        cached = teacher if isinstance(teacher, CachedTeacher) else None
+        teacher = cached.model if cached is not None else cast(PreTrainedModel | str | None, teacher)
         if teacher is None:
             teacher_tokenizer = None
         else:
@@ -100,10 +103,10 @@ class DistillationTrainer(LengthGroupingTrainer):
         built = build_objective(
             objective, student, student_tokenizer, teacher, teacher_tokenizer, pair_tokenizer=self.pair_tokenizer
         )
-        self.teacher: LiveTeacher | None = None
+        self.teacher: TeacherSignal | None = None
         if teacher is not None and teacher_tokenizer is not None:
-            self.teacher = LiveTeacher(
-                teacher, vocab_size=vocabulary_size(teacher_tokenizer), layers=built.layers.teacher
+            self.teacher = teacher_signal(
+                cached or teacher, vocab_size=vocabulary_size(teacher_tokenizer), layers=built.layers.teacher
             )
         self.interrupt = InterruptCallback()
         self.student_tokenizer = student_tokenizer
@@ -130,6 +133,8 @@ class DistillationTrainer(LengthGroupingTrainer):
             raise error if isinstance(error, UserError) else UserError(f"training: {error}") from error
         if self.teacher is not None:
             self.teacher.to(args.device)
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.check_rows(pairs, self.eval_dataset)
         self._tally: dict[str, Tensor] = {}
         self._probe_batch: PairBatch | None = None
         self._checked = False
@@ -304,7 +309,7 @@ class DistillationTrainer(LengthGroupingTrainer):
             return {}
         batch = self._probe()
         student_embedding = self.student.get_input_embeddings()
-        teacher_embedding = self.teacher.model.get_input_embeddings()
+        teacher_embedding = self.teacher.embedding
         was_training = self.objective_module.training
         self.objective_module.eval()
         try:
@@ -476,13 +481,7 @@ class DistillationTrainer(LengthGroupingTrainer):
             vocab_size=self.distillation_model.vocab_size,
         )
         if self.teacher is not None:
-            check_head(
-                self.teacher.model,
-                batch["teacher_input_ids"],
-                batch["teacher_attention_mask"],
-                batch["teacher_labels"],
-                vocab_size=self.teacher.vocab_size,
-            )
+            self.teacher.check(batch)
 
 
 def _count_supervised(batch: PairBatch) -> Tensor:

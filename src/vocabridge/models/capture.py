@@ -116,7 +116,7 @@ def check_layers(model: nn.Module, request: LayerRequest) -> None:
         UserError: its layers or their projections are not where we know them.
     """
     base = base_model(model)
-    layers = _decoder_layers(base) if request else nn.ModuleList()
+    layers = decoder_layers(base) if request else nn.ModuleList()
     for layer in request.attention:
         find_projections(layers[layer - 1], base.config.get_text_config())
 
@@ -144,7 +144,7 @@ class LayerRecorder:
 
     def __enter__(self) -> LayerRecorder:
         self._with_gradient = torch.is_grad_enabled()
-        layers = _decoder_layers(self._base) if self._request else nn.ModuleList()
+        layers = decoder_layers(self._base) if self._request else nn.ModuleList()
         for layer in self._request.hidden_states:
             if layer < len(layers):
                 before = layers[layer].register_forward_pre_hook(self._before_layer(layer), with_kwargs=True)
@@ -222,7 +222,12 @@ class LayerRecorder:
         return str(self._base.config.get_text_config().model_type)
 
 
-def _decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
+def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
+    """The layers themselves, in order.
+
+    Raises:
+        UserError: they are not where we know them.
+    """
     config = base.config.get_text_config()
     for module in base.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:

@@ -39,7 +39,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     checkpoint = find_checkpoint(name)
     with _as_user_error(f"'{name}': no tokenizer can be loaded; if it lies elsewhere, set the field 'tokenizer'"):
         tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.name, **_hub_options(spec, checkpoint), **_gguf_options(checkpoint)
+            checkpoint.name, **hub_options(spec, checkpoint), **_gguf_options(checkpoint)
         )
     if not tokenizer.is_fast:
         raise UserError(f"'{name}' has no fast tokenizer (tokenizer.json), which byte spans need; convert it first.")
@@ -55,14 +55,18 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(spec: ModelSpec) -> PreTrainedModel:
+def load_model(spec: ModelSpec, *, config: PretrainedConfig | None = None) -> PreTrainedModel:
     """A causal language model in eval mode on ``spec.device`` (none: the accelerator when there is one).
+
+    Args:
+        spec: which one.
+        config: instead of the checkpoint's own.
 
     Raises:
         UserError: nothing to load there, not a causal language model, weights missing, device not available.
     """
     device = _device(spec.device)
-    model = _load(spec, device)
+    model = _load(spec, device, config)
     # bitsandbytes places its weights while it loads and refuses to move them.
     return model if spec.quantization else nn.Module.to(model, device)
 
@@ -134,7 +138,7 @@ def check_tokenizer_matches(tokenizer: PreTrainedTokenizerBase, model: PreTraine
     return padded
 
 
-def _load(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
+def _load(spec: ModelSpec, device: torch.device, config: PretrainedConfig | None) -> PreTrainedModel:
     checkpoint = find_checkpoint(spec.model)
     check_weight_files(checkpoint)
     if spec.trust_remote_code:
@@ -145,10 +149,11 @@ def _load(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
     with _as_user_error(f"'{spec.model}': the model cannot be loaded"):
         model, report = from_pretrained(
             checkpoint.name,
+            config=config,
             dtype=spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
             attn_implementation=spec.attn_implementation,
             output_loading_info=True,
-            **_hub_options(spec, checkpoint),
+            **hub_options(spec, checkpoint),
             **_weight_options(spec, checkpoint, device),
         )
     if missing := sorted(report["missing_keys"]):
@@ -168,7 +173,7 @@ def _load(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
 def _check_config(spec: ModelSpec, checkpoint: Checkpoint) -> None:
     """Refuse from the config alone, before gigabytes are read, what is no causal language model."""
     with _as_user_error(f"'{spec.model}': config.json cannot be read"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.name, **_hub_options(spec, checkpoint))
+        config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.name, **hub_options(spec, checkpoint))
     if spec.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
         return
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
@@ -182,7 +187,8 @@ def _check_config(spec: ModelSpec, checkpoint: Checkpoint) -> None:
         )
 
 
-def _hub_options(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, Any]:
+def hub_options(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What every ``from_pretrained`` of this model is given."""
     return {
         "revision": spec.revision or "main",
         "trust_remote_code": spec.trust_remote_code,

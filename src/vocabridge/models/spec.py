@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from vocabridge.errors import UserError
 from vocabridge.settings import Settings
@@ -24,6 +24,22 @@ class LoraSpec(Settings):
     """Dropout probability on the adapters' input."""
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names of the linear layers that get an adapter (``[q_proj, v_proj]``), or ``all-linear`` for all but the head."""
+
+
+class CacheSpec(Settings):
+    """Where the teacher's last hidden states are kept, so that it runs once per row instead of once per epoch."""
+
+    folder: str | None = None
+    """Folder of the cache; none means one for this teacher under ``$VOCABRIDGE_CACHE`` or the user's cache folder."""
+    dtype: Dtype = "auto"
+    """Type of the states on disk; ``auto`` keeps the teacher's own, ``bfloat16`` halves what float32 takes."""
+
+
+def _read_cache(given: Any) -> Any:
+    """``true`` and a folder's name are short for a section."""
+    if isinstance(given, bool):
+        return {} if given else None
+    return {"folder": given} if isinstance(given, str) else given
 
 
 class ModelSpec(Settings):
@@ -49,13 +65,16 @@ class ModelSpec(Settings):
     """Adapters to train instead of the weights; student only."""
     quantization: Literal["8bit", "4bit"] | None = None
     """Load the weights in 8 or 4 bits with bitsandbytes; teacher only, needs a CUDA device."""
+    cache: Annotated[CacheSpec | None, BeforeValidator(_read_cache)] = None
+    """Keep the last hidden states on disk: ``true``, a folder, or a section with ``folder`` and ``dtype``; teacher
+    only."""
 
 
 def check_side(spec: ModelSpec, side: Side) -> None:
     """Refuse the fields that have no meaning on ``side``: a setting that is ignored would mislead.
 
     Raises:
-        UserError: ``lora`` on a teacher or ``quantization`` on a student.
+        UserError: ``lora`` on a teacher, ``quantization`` or ``cache`` on a student.
     """
     if side == "teacher" and spec.lora is not None:
         raise UserError(
@@ -66,3 +85,5 @@ def check_side(spec: ModelSpec, side: Side) -> None:
             "student.quantization has no meaning: the student is trained and saved in full precision; remove it, or "
             "use student.lora to save memory."
         )
+    if side == "student" and spec.cache is not None:
+        raise UserError("student.cache has no meaning: the student changes with every step; move it to teacher.cache.")

@@ -67,7 +67,7 @@ def validation_problems(error: ValidationError, model: type[BaseModel], given: A
 
 def boolean_problems(validated: Any, given: Any, path: Path) -> Iterator[Problem]:
     """Places where ``true`` or ``false`` was written for a number: pydantic would read it as 1 or 0."""
-    if isinstance(given, bool) and not isinstance(validated, bool):
+    if isinstance(given, bool) and isinstance(validated, int | float) and not isinstance(validated, bool):
         yield Problem(path, f"must be a number, but {_shown(given)} was given.")
     elif isinstance(given, Mapping):
         for key, value in given.items():

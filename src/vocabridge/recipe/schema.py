@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator
 
 from vocabridge.errors import UserError
-from vocabridge.models.spec import ModelSpec, check_side
+from vocabridge.models.spec import CacheSpec, ModelSpec, check_side
 from vocabridge.recipe.objective import ObjectiveSettings
 from vocabridge.recipe.training import TrainingSettings
 from vocabridge.recipe.yaml_text import dump
@@ -117,6 +117,8 @@ def conflicts(sections: Mapping[str, Any]) -> list[Conflict]:
     if objective and "teacher" in sections and teacher is None and "teacher" in objective.needs:
         problem = f"'{objective.name}' needs a teacher, but the recipe has no 'teacher' section."
         found.append(Conflict("objective.name", problem))
+    if teacher and teacher.cache is not None:
+        found += _cache_conflicts(teacher.cache, sections)
     for side, model in (("student", student), ("teacher", teacher)):
         if model:
             found += _model_conflicts(side, model, training)
@@ -138,6 +140,23 @@ def _model_conflicts(side: Any, model: ModelSpec, training: TrainingSettings | N
     if training and model.device is not None:
         problem = f"is '{model.device}', but training places the models itself; leave it out or set training.use_cpu."
         found.append(Conflict(f"{side}.device", problem))
+    return found
+
+
+def _cache_conflicts(cache: CacheSpec, sections: Mapping[str, Any]) -> list[Conflict]:
+    data, objective, training = sections.get("data"), sections.get("objective"), sections.get("training")
+    found = []
+    if training and cache.folder is not None:
+        run_dir, folder = (Path(name).expanduser().resolve() for name in (training.output_dir, cache.folder))
+        if folder == run_dir or run_dir in folder.parents:
+            problem = f"lies in the run folder '{run_dir}', which --overwrite would delete; name another folder."
+            found.append(Conflict("teacher.cache", problem))
+    if objective and "layers" in objective.needs:
+        problem = f"holds last hidden states only, but objective '{objective.name}' reads inner layers; remove it."
+        found.append(Conflict("teacher.cache", problem))
+    if data and data.streaming:
+        problem = "needs the rows before training, which data.streaming does not know; remove one of the two."
+        found.append(Conflict("teacher.cache", problem))
     return found
 
 
