@@ -42,10 +42,7 @@ class _SortedL1(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         ranks = min(student.shape[-1], teacher.shape[-1])
-        if ranks < student.shape[-1]:
-            top, order = student.topk(ranks, dim=-1)
-        else:
-            top, order = student.sort(dim=-1, descending=True)
+        top, order = _ranked(student, ranks)
         difference = top - _largest(teacher, ranks)
         loss = difference.abs().sum(-1) + _rest(student, top) + _rest(teacher, top - difference)
         if ctx.needs_input_grad[0]:
@@ -57,6 +54,21 @@ class _SortedL1(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         (signs,) = ctx.saved_tensors
         return signs * upstream.unsqueeze(-1), None
+
+
+def _ranked(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest entries of every row, descending, and where they are."""
+    if values.device.type != "cpu":
+        return values.topk(count, dim=-1) if count < values.shape[-1] else values.sort(dim=-1, descending=True)
+    # NumPy's sort takes a third of the time of torch's.
+    array = values.numpy()
+    if 0 < count < array.shape[-1]:
+        kept = np.argpartition(array, -count, axis=-1)[..., array.shape[-1] - count :]
+        ascending = np.take_along_axis(kept, np.argsort(np.take_along_axis(array, kept, axis=-1), axis=-1), axis=-1)
+    else:
+        ascending = np.argsort(array, axis=-1)[..., array.shape[-1] - count :]
+    order = torch.from_numpy(ascending).flip(-1)
+    return values.gather(-1, order), order
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
