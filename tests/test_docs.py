@@ -130,13 +130,6 @@ def test_commands_exist(text):
             assert option in shown.output, command
 
 
-def test_tests_of_the_defects_exist():
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "defects.md").read_text(encoding="utf-8"))
-    assert len(named) > 40
-    missing = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text("utf-8")]
-    assert not missing
-
-
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"make ([a-z]+)", README + CONTRIBUTING)):
