@@ -86,10 +86,11 @@ def cache_teacher(
     check_side(spec, "teacher")
     processes = processes or Processes()
     tokenizer = tokenizer or load_tokenizer(spec)
-    rows = teacher_rows(examples, tokenizer, spec, max_length=max_length, progress=progress)
+    shows = progress and processes.rank == 0
+    rows = teacher_rows(examples, tokenizer, spec, max_length=max_length, progress=shows)
     ends = load_ends(spec)
     check_tokenizer_matches(tokenizer, ends.model, "teacher")
-    work = _Work(spec, ends, rows, _key(spec, ends), processes, progress)
+    work = _Work(spec, ends, rows, _key(spec, ends), processes, shows)
     cache = _complete_cache(work)
     if ends.has_trunk:
         drop_trunk(ends.model)
@@ -123,7 +124,7 @@ class _Work:
     rows: Sequence[TeacherRow]
     key: CacheKey
     processes: Processes
-    progress: bool
+    shows_progress: bool
 
     @property
     def folder(self) -> Path:
@@ -134,11 +135,6 @@ class _Work:
         name = re.sub(r"[^\w.-]+", "-", Path(self.spec.model).name)
         parts = (name, self.key.teacher[:12], self.key.compute_dtype, self.key.attention, self.key.storage_dtype)
         return cache_folder() / "teachers" / "-".join(parts)
-
-    @property
-    def announces(self) -> bool:
-        """This process talks to the user."""
-        return self.progress and self.processes.rank == 0
 
 
 def _key(spec: ModelSpec, ends: TeacherEnds) -> CacheKey:
@@ -164,7 +160,7 @@ def _complete_cache(work: _Work) -> TeacherCache:
             _capture(work, missing)
             work.processes.wait()
             cache = _opened(work)
-    if work.announces:
+    if work.shows_progress:
         size = f"{len(cache)} rows, {gigabytes(cache.num_bytes)} ({work.key.storage_dtype})"
         print(f"teacher cache {work.folder}: complete, {size}", file=sys.stderr)
     return cache
@@ -200,7 +196,7 @@ def _opened(work: _Work) -> TeacherCache:
 def _capture(work: _Work, missing: Sequence[TeacherRow]) -> None:
     size = capture_size(missing, work.key)
     check_space(work.folder, size)
-    if work.announces:
+    if work.shows_progress:
         print(f"teacher cache {work.folder}: {size} to write ({work.key.storage_dtype})", file=sys.stderr)
     capture(
         _whole_model(work),
@@ -209,7 +205,7 @@ def _capture(work: _Work, missing: Sequence[TeacherRow]) -> None:
         key=work.key,
         rank=work.processes.rank,
         world_size=work.processes.world_size,
-        progress=work.announces,
+        progress=work.shows_progress,
     )
 
 

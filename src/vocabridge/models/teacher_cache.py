@@ -28,7 +28,10 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class CacheKey:
-    """What must be equal for cached states to stand for computed ones (up to the last bits: see ``docs``)."""
+    """What must be equal for cached states to stand for computed ones.
+
+    Batch composition, device and kernel versions are left out: they change the last bits, as they do without a cache.
+    """
 
     teacher: str
     """Fingerprint of weights and configuration."""
