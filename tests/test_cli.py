@@ -73,7 +73,16 @@ def vocabridge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 def test_help_names_every_command(vocabridge: Command) -> None:
     outcome = vocabridge("--help")
     assert outcome.code == 0
-    for command in ("distill", "validate", "objectives", "inspect-pair", "evaluate", "generate-data", "cache-teacher"):
+    for command in (
+        "distill",
+        "validate",
+        "objectives",
+        "inspect-pair",
+        "evaluate",
+        "generate-data",
+        "cache-teacher",
+        "analyze",
+    ):
         assert command in outcome.out
         assert vocabridge(command, "--help").code == 0
 

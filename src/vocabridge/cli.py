@@ -259,6 +259,32 @@ def evaluate(
     print(f"results and predictions: {folder}")
 
 
+@app.command()
+def analyze(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished dskd_cma or dskd_cla run.")],
+    data: Annotated[str, typer.Option(help="JSONL file, datasets folder or hub id whose responses are looked at.")],
+    limit: Annotated[int, typer.Option(min=1, help="First examples only.")] = 256,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for JSON and pictures. Default: RUN/analysis", show_default=False)
+    ] = None,
+) -> None:
+    """Compare a run's cross-model attention with the byte-exact chunks, before and after training."""
+    from vocabridge.analysis.analyze import analyze_run
+    from vocabridge.analysis.probe import render_probe
+    from vocabridge.analysis.training_distances import render_distances
+
+    try:
+        analysis = analyze_run(run, data, output_dir=output, limit=limit, progress=True)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    console = Console()
+    console.print(render_probe(analysis.probe))
+    if analysis.distances.rows:
+        console.print(render_distances(analysis.distances))
+    print(f"JSON, heatmaps and point cloud: {analysis.folder}")
+
+
 @app.command("generate-data", cls=_ListCommand)
 def generate_data(
     teacher: Annotated[str, typer.Argument(help="Run folder, checkpoint folder, hub id or .gguf file.")],

@@ -91,6 +91,15 @@ def load_parts(student: PreTrainedModel, objective: Objective, folder: Path) -> 
     else:
         saved = type(student).from_pretrained(str(folder), dtype=student.dtype, use_safetensors=True)
         student.load_state_dict(saved.state_dict())
+    load_objective(objective, folder)
+
+
+def load_objective(objective: Objective, folder: Path) -> None:
+    """Read the objective's learned parts back, where it has any.
+
+    Raises:
+        UserError: the folder lacks them or they were written by another objective.
+    """
     expected = objective.state_dict()
     if not expected:
         return

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from vocabridge.alignment import shared_vocabulary, token_bytes
 from vocabridge.objectives.base import ObjectiveSetup
@@ -56,10 +57,17 @@ def shared_columns(setup: ObjectiveSetup) -> ColumnPairs:
 def byte_keys(setup: ObjectiveSetup) -> tuple[Tensor, Tensor]:
     """A number for the bytes of each id, ``[V_s]`` and ``[V_t]``: equal where the bytes are; -1 for control tokens."""
     assert setup.teacher_tokenizer is not None
+    return tokenizer_byte_keys(setup.student_tokenizer, setup.teacher_tokenizer)
+
+
+def tokenizer_byte_keys(
+    student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tensor, Tensor]:
+    """:func:`byte_keys` of two tokenizers."""
     known: dict[bytes, int] = {}
     student, teacher = (
         torch.tensor([-1 if piece is None else known.setdefault(piece, len(known)) for piece in token_bytes(tokenizer)])
-        for tokenizer in (setup.student_tokenizer, setup.teacher_tokenizer)
+        for tokenizer in (student_tokenizer, teacher_tokenizer)
     )
     return student, teacher
 

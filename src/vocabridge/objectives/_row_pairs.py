@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vocabridge.losses.chunk_rows import ChunkRows, chunk_rows
 from vocabridge.losses.cross_attention import Padding
-from vocabridge.models.forward import SideForward
+from vocabridge.models.forward import SideForward, SupervisedTokens
 from vocabridge.pairs import PairBatch
 
 
@@ -59,7 +59,12 @@ def _by_index(student_rows: Tensor, teacher_rows: Tensor, num_examples: int) -> 
 
 
 def same_token_pairs(
-    student: SideForward, teacher: SideForward, batch: PairBatch, *, student_keys: Tensor, teacher_keys: Tensor
+    student: SideForward | SupervisedTokens,
+    teacher: SideForward | SupervisedTokens,
+    batch: PairBatch,
+    *,
+    student_keys: Tensor,
+    teacher_keys: Tensor,
 ) -> RowPairs:
     """Pair the positions where both models predict the same token after the same bytes.
 
@@ -86,7 +91,7 @@ def same_token_pairs(
     return RowPairs(mine[is_same], theirs[is_same])
 
 
-def _ends_response(student: SideForward, batch: PairBatch, chunks: ChunkRows) -> Tensor:
+def _ends_response(student: SideForward | SupervisedTokens, batch: PairBatch, chunks: ChunkRows) -> Tensor:
     """``[N]`` bool: positions that predict the end token, the only token without bytes that is alone in its chunk."""
     spans = Padding.of(student.rows, batch["spans"].shape[0]).pack(batch["spans"])  # [N, 2]
     chunk = chunks.student.chunks

@@ -1,0 +1,313 @@
+"""The probe: measures of attention averaged over positions, by kind of position, with intervals over examples.
+
+Axis letters: E examples, D bootstrap draws, G groups (of all attentions), M measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vocabridge.analysis.attention import ATTENTION_NAMES, AttentionName, ExampleAttention
+from vocabridge.analysis.measures import MEASURES, group_order, measure, position_groups
+from vocabridge.errors import UserError
+
+ALL = "all"
+"""Grouping of all positions, and its only group."""
+
+_TITLES: Mapping[AttentionName, str] = {
+    "uniform": "uniform (knows nothing)",
+    "before": "before training",
+    "after": "after training",
+    "cla": "CLA: after, in chunk only",
+    "clp": "CLP: uniform in chunk",
+    "eta": "ETA: exact pairs",
+}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Estimate(_Model):
+    """A mean over positions and its bootstrap interval over examples, None where fewer than two examples have any."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+class GroupResult(_Model):
+    """One attention on one group of positions."""
+
+    attention: AttentionName
+    grouping: str
+    group: str
+    positions: int
+    """Student positions measured: those that are in a chunk and attend to something."""
+    coverage: float
+    """They as a share of the group's positions that are in a chunk."""
+    measures: dict[str, Estimate]
+    """By name; see :data:`vocabridge.analysis.measures.MEASURES`."""
+
+
+class GroupChange(_Model):
+    """After training less before, on the same positions and bootstrap draws."""
+
+    grouping: str
+    group: str
+    measures: dict[str, Estimate]
+
+
+class ProbeReport(_Model):
+    """What ``vocabridge analyze`` prints and writes as ``probe.json``."""
+
+    run: str
+    objective: str
+    data: str
+    examples: int
+    supervised_positions: int
+    """Student positions that predict a token of the response or its end."""
+    positions_in_chunk: int
+    """Those of them that share a chunk with teacher positions; all measures are over these."""
+    confidence: float
+    """Level of the intervals."""
+    resamples: int
+    seed: int
+    """Of the bootstrap."""
+    results: list[GroupResult]
+    changes: list[GroupChange]
+
+    def to_json(self) -> str:
+        """The report as indented JSON."""
+        return self.model_dump_json(indent=2)
+
+    def result(self, attention: AttentionName, grouping: str = ALL, group: str = ALL) -> GroupResult:
+        """One of the results.
+
+        Raises:
+            KeyError: no position is in that group.
+        """
+        for each in self.results:
+            if (each.attention, each.grouping, each.group) == (attention, grouping, group):
+                return each
+        raise KeyError((attention, grouping, group))
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSource:
+    """What is probed, in words."""
+
+    run: str
+    objective: str
+    data: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """How intervals are made: examples are drawn with replacement, and the percentiles of the means taken."""
+
+    resamples: int = 1000
+    confidence: float = 0.95
+    seed: int = 0
+
+    def draws(self, num_examples: int) -> np.ndarray:
+        """``[D, E]``: how often each example is drawn."""
+        generator = np.random.default_rng(self.seed)
+        return generator.multinomial(num_examples, np.full(num_examples, 1 / num_examples), size=self.resamples)
+
+
+def probe(
+    examples: Iterable[ExampleAttention], source: ProbeSource, *, bootstrap: Bootstrap | None = None
+) -> ProbeReport:
+    """Measure the attentions of examples against their chunks.
+
+    Args:
+        examples: at least one with a position that is in a chunk.
+        source: what the report says it is about.
+        bootstrap: default 1000 draws, 95 %.
+
+    Raises:
+        UserError: no position is in a chunk.
+    """
+    bootstrap = bootstrap or Bootstrap()
+    tallies = [_tally(example) for example in examples]
+    totals = _Totals.of(tallies, bootstrap)
+    results = [totals.result(attention, *key) for attention in ATTENTION_NAMES for key in _group_keys()]
+    num_positions = sum(len(each.labels[ALL]) for each in tallies)
+    if not num_positions:
+        raise UserError(
+            "none of the responses has a token of the student that shares a chunk with the teacher's tokens, so there "
+            "is nothing to measure; see 'vocabridge inspect-pair'."
+        )
+    return ProbeReport(
+        run=source.run,
+        objective=source.objective,
+        data=source.data,
+        examples=len(tallies),
+        supervised_positions=sum(each.supervised for each in tallies),
+        positions_in_chunk=num_positions,
+        confidence=bootstrap.confidence,
+        resamples=bootstrap.resamples,
+        seed=bootstrap.seed,
+        results=[result for result in results if result is not None],
+        changes=[change for key in _group_keys() if (change := totals.change(*key)) is not None],
+    )
+
+
+# --- sums ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tally:
+    """One example: groups and measures of its P positions in a chunk."""
+
+    supervised: int
+    labels: dict[str, np.ndarray]
+    """``[P]`` each."""
+    values: dict[AttentionName, np.ndarray]
+    """``[P, M]``"""
+
+
+def _tally(example: ExampleAttention) -> _Tally:
+    groups = position_groups(example)
+    values = {name: measure(weights, example, groups.positions) for name, weights in example.weights.items()}
+    everywhere = np.full(len(groups.positions), ALL)
+    return _Tally(len(example.student.labels), {ALL: everywhere} | groups.labels, values)
+
+
+def _group_keys() -> list[tuple[str, str]]:
+    """Grouping and group."""
+    ordered = group_order()
+    return [(ALL, ALL)] + [(grouping, group) for grouping, groups in ordered.items() for group in groups]
+
+
+_Key = tuple[AttentionName, str, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Totals:
+    """Sums per example and attention and group, and the bootstrap draws."""
+
+    sums: dict[_Key, np.ndarray]
+    """``[E, M]``"""
+    counts: dict[_Key, np.ndarray]
+    """``[E]`` positions that attend to something."""
+    positions: dict[_Key, int]
+    """Of the group, whether they attend to anything or not."""
+    draws: np.ndarray
+    """``[D, E]``"""
+    tail: float
+    """Percentage below the interval."""
+
+    @classmethod
+    def of(cls, tallies: list[_Tally], bootstrap: Bootstrap) -> _Totals:
+        sums, counts, positions = {}, {}, {}
+        for attention in ATTENTION_NAMES:
+            for grouping, group in _group_keys():
+                masks = [each.labels[grouping] == group for each in tallies]
+                chosen = [each.values[attention][mask] for each, mask in zip(tallies, masks, strict=True)]
+                key = (attention, grouping, group)
+                sums[key] = np.array([np.nansum(values, axis=0) for values in chosen])
+                counts[key] = np.array([np.isfinite(values[:, 0]).sum() for values in chosen])
+                positions[key] = sum(int(mask.sum()) for mask in masks)
+        tail = 50 * (1 - bootstrap.confidence)
+        return cls(sums, counts, positions, bootstrap.draws(len(tallies)), tail)
+
+    def result(self, attention: AttentionName, grouping: str, group: str) -> GroupResult | None:
+        key = (attention, grouping, group)
+        count = int(self.counts[key].sum())
+        if not count:
+            return None
+        return GroupResult(
+            attention=attention,
+            grouping=grouping,
+            group=group,
+            positions=count,
+            coverage=count / self.positions[key],
+            measures=self._estimates(self._mean(key), self._drawn_means(key), self._num_examples(key)),
+        )
+
+    def change(self, grouping: str, group: str) -> GroupChange | None:
+        after: _Key = ("after", grouping, group)
+        before: _Key = ("before", grouping, group)
+        if not self.counts[after].sum():
+            return None
+        drawn = self._drawn_means(after) - self._drawn_means(before)
+        values = self._estimates(self._mean(after) - self._mean(before), drawn, self._num_examples(after))
+        return GroupChange(grouping=grouping, group=group, measures=values)
+
+    def _num_examples(self, key: _Key) -> int:
+        return int((self.counts[key] > 0).sum())
+
+    def _mean(self, key: _Key) -> np.ndarray:
+        return self.sums[key].sum(0) / self.counts[key].sum()  # [M]
+
+    def _drawn_means(self, key: _Key) -> np.ndarray:
+        """``[D, M]``, NaN where a draw has no position of the group."""
+        counts = (self.draws @ self.counts[key]).astype(float)
+        return self.draws @ self.sums[key] / np.where(counts > 0, counts, np.nan)[:, None]
+
+    def _estimates(self, means: np.ndarray, drawn: np.ndarray, num_examples: int) -> dict[str, Estimate]:
+        if num_examples < 2:
+            return {name: Estimate(mean=mean, low=None, high=None) for name, mean in zip(MEASURES, means, strict=True)}
+        lows, highs = np.nanpercentile(drawn, [self.tail, 100 - self.tail], axis=0)
+        estimates = zip(MEASURES, means, lows, highs, strict=True)
+        return {name: Estimate(mean=mean, low=low, high=high) for name, mean, low, high in estimates}
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def render_probe(report: ProbeReport) -> RenderableType:
+    """The report as tables for a terminal; print it with a ``rich`` console."""
+    share = report.positions_in_chunk / report.supervised_positions
+    summary = Text(
+        f"{report.run} ({report.objective}) on {report.data}: {report.examples} examples, "
+        f"{report.positions_in_chunk:,} of {report.supervised_positions:,} student positions in a chunk ({share:.1%}); "
+        f"{report.confidence:.0%} intervals over examples. Distances in bytes, entropy in nats."
+    )
+    return Group(summary, _overall_table(report), _groups_table(report))
+
+
+def _overall_table(report: ProbeReport) -> Table:
+    table = Table(title="Attention of student positions", title_justify="left")
+    for heading in ("attention", "positions", *MEASURES):
+        table.add_column(heading.replace("_", " "), justify="left" if heading == "attention" else "right")
+    for result in report.results:
+        if result.grouping == ALL:
+            cells = [_cell(result.measures[name]) for name in MEASURES]
+            table.add_row(_TITLES[result.attention], f"{result.positions:,}", *cells)
+    for change in report.changes:
+        if change.grouping == ALL:
+            table.add_row("after - before", "", *(_cell(change.measures[name], sign=True) for name in MEASURES))
+    return table
+
+
+def _groups_table(report: ProbeReport) -> Table:
+    names: tuple[AttentionName, ...] = ("uniform", "before", "after", "clp")
+    table = Table("positions", "count", title="Mass in chunk by kind of position (CLP: bound)", title_justify="left")
+    for name in names:
+        table.add_column(_TITLES[name].partition(" (")[0].partition(":")[0], justify="right")
+    table.add_column("after - before", justify="right")
+    for change in report.changes:
+        found = [report.result(name, change.grouping, change.group) for name in names]
+        cells = [_cell(each.measures["mass_in_chunk"]) for each in found]
+        title = change.group if change.grouping == ALL else f"{change.grouping} {change.group}"
+        difference = _cell(change.measures["mass_in_chunk"], sign=True)
+        table.add_row(title, f"{found[0].positions:,}", *cells, difference)
+    return table
+
+
+def _cell(estimate: Estimate, *, sign: bool = False) -> Text:
+    pattern = "{:+.3f}" if sign else "{:.3f}"
+    mean = pattern.format(estimate.mean)
+    if estimate.low is None or estimate.high is None:
+        return Text(mean)
+    return Text(f"{mean} [{pattern.format(estimate.low)}, {pattern.format(estimate.high)}]")
