@@ -1,4 +1,4 @@
-"""Tiny finished runs, one per objective, made once."""
+"""Tiny finished runs, made once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "dskd_cla": {"name": "dskd_cla", "query_start": "random"},
     "composed": {"terms": [{"name": "cross_entropy"}, {"name": "uld"}, {"name": "dskd_cla", "query_start": "random"}]},
     "uld": {"name": "uld"},
+    "lora": {"name": "dskd_cma", "matching": "none", "matching_weight": 0},
 }
+STUDENTS: dict[str, dict[str, Any]] = {"lora": {"lora": {"r": 4}, "dtype": "float32"}}
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +45,9 @@ def finished_run(
     (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
 
     @cache
-    def make(objective: str) -> Path:
+    def make(name: str) -> Path:
         training = {
-            "output_dir": str(root / objective),
+            "output_dir": str(root / name),
             "max_steps": 6,
             "per_device_train_batch_size": 4,
             "learning_rate": 0.02,
@@ -60,9 +62,9 @@ def finished_run(
         }
         values = {
             "data": {"train": str(root / "data.jsonl"), "max_length": 128},
-            "student": {"model": str(root / "student")},
+            "student": {"model": str(root / "student"), **STUDENTS.get(name, {})},
             "teacher": {"model": str(root / "teacher")},
-            "objective": OBJECTIVES[objective],
+            "objective": OBJECTIVES[name],
             "training": training,
         }
         return distill(recipe_from_values(values)).run_dir

@@ -98,14 +98,15 @@ def test_after_training_random_start(finished_run: FinishedFolder) -> None:
     assert np.abs(examples[3].weights["before"] - expected).max() > 0.01
 
 
-def test_probe_is_what_the_trainer_logged_before_and_after(finished_run: FinishedFolder) -> None:
-    folder = finished_run("dskd_cma")
+@pytest.mark.parametrize("name", ["dskd_cma", "lora"])
+def test_probe_is_what_the_trainer_logged_before_and_after(finished_run: FinishedFolder, name: str) -> None:
+    folder = finished_run(name)
     _, _, examples = loaded(folder)
     report = probe(examples, ProbeSource("", "", ""))
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     logged = {line["step"]: line for line in lines if "probe/attention_in_chunk" in line}
-    for step, name in ((0, "before"), (6, "after")):
-        measures = report.result(name).measures
+    for step, stage in ((0, "before"), (6, "after")):
+        measures = report.result(stage).measures
         assert measures["mass_in_chunk"].mean == pytest.approx(logged[step]["probe/attention_in_chunk"], abs=1e-5)
         top = logged[step]["probe/attention_top1_in_chunk"]
         assert measures["top1_in_chunk"].mean == pytest.approx(top, abs=1e-6)

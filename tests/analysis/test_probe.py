@@ -47,7 +47,7 @@ def test_means_and_intervals(report: ProbeReport, attention: str, grouping: str,
     assert (draws.sum(1) == len(EXAMPLES)).all()
     means = []
     for draw in draws:
-        drawn = np.concatenate([values[index] for index in np.repeat(np.arange(len(EXAMPLES)), draw)])
+        drawn = np.concatenate([values[index] for index in np.repeat(np.arange(len(EXAMPLES)), draw.astype(int))])
         means.append(drawn.mean(0))
     low, high = np.percentile(means, [2.5, 97.5], axis=0)
     for column, name in enumerate(MEASURES):
@@ -62,7 +62,7 @@ def test_change_is_the_paired_difference(report: ProbeReport) -> None:
     before, after = (values_of(name, ALL, ALL) for name in ("before", "after"))
     differences = []
     for draw in Bootstrap(resamples=300, seed=3).draws(len(EXAMPLES)):
-        chosen = np.repeat(np.arange(len(EXAMPLES)), draw)
+        chosen = np.repeat(np.arange(len(EXAMPLES)), draw.astype(int))
         means = [np.concatenate([part[index] for index in chosen]).mean(0) for part in (before, after)]
         differences.append(means[1] - means[0])
     low, high = np.percentile(differences, [2.5, 97.5], axis=0)

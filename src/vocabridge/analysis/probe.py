@@ -118,9 +118,10 @@ class Bootstrap:
     seed: int = 0
 
     def draws(self, num_examples: int) -> np.ndarray:
-        """``[D, E]``: how often each example is drawn."""
+        """``[D, E]`` float64: how often each example is drawn."""
         generator = np.random.default_rng(self.seed)
-        return generator.multinomial(num_examples, np.full(num_examples, 1 / num_examples), size=self.resamples)
+        counts = generator.multinomial(num_examples, np.full(num_examples, 1 / num_examples), size=self.resamples)
+        return counts.astype(np.float64)
 
 
 def probe(
@@ -251,7 +252,7 @@ class _Totals:
 
     def _drawn_means(self, key: _Key) -> np.ndarray:
         """``[D, M]``, NaN where a draw has no position of the group."""
-        counts = (self.draws @ self.counts[key]).astype(float)
+        counts = self.draws @ self.counts[key].astype(np.float64)
         return self.draws @ self.sums[key] / np.where(counts > 0, counts, np.nan)[:, None]
 
     def _estimates(self, means: np.ndarray, drawn: np.ndarray, num_examples: int) -> dict[str, Estimate]:
