@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from vocabridge import cli
 from vocabridge.analysis.analyze import analyze_run
@@ -107,3 +108,12 @@ def test_a_run_record_without_a_seed(finished_run: FinishedFolder, tmp_path: Pat
     shutil.copytree(finished_run("dskd_cma"), folder)
     (folder / "run.json").write_text("{}", encoding="utf-8")
     assert "seed" in refused(folder, finished_run("dskd_cma").parent / "data.jsonl")
+
+
+def test_a_run_that_diverged(finished_run: FinishedFolder, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run("dskd_cma"), folder)
+    state = load_file(folder / "objective.safetensors")
+    state["query_projector.weight"][0, 0] = float("nan")
+    save_file(state, folder / "objective.safetensors")
+    assert "diverged" in refused(folder, finished_run("dskd_cma").parent / "data.jsonl")

@@ -72,7 +72,8 @@ def load_finished_run(folder: Path, data: str) -> FinishedRun:
         data: what will be analysed; the training data need not be there any more.
 
     Raises:
-        UserError: not the folder of a finished run, its objective has no attention, or a model cannot be loaded.
+        UserError: not the folder of a finished run, its objective has no attention, it diverged, or a model cannot be
+            loaded.
     """
     recipe = _read_recipe(folder, data)
     part = _attention_part(folder, recipe)
@@ -104,12 +105,14 @@ def load_finished_run(folder: Path, data: str) -> FinishedRun:
     objective.eval().requires_grad_(False)
     before = copy.deepcopy(_select(objective, part))
     load_objective(objective, folder)
+    after = Stage(_select(objective, part), trained.get_input_embeddings())
+    _check_finite(folder, after)
     return FinishedRun(
         folder=folder,
         recipe=recipe,
         pair_tokenizer=pair_tokenizer,
         before=Stage(before, student.get_input_embeddings()),
-        after=Stage(_select(objective, part), trained.get_input_embeddings()),
+        after=after,
         teacher_embedding=teacher.get_input_embeddings(),
     )
 
@@ -161,6 +164,12 @@ def _seed(folder: Path) -> int:
         return int(json.loads(path.read_text(encoding="utf-8"))["seed"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not tell the run's seed, without which its start cannot be repeated.") from error
+
+
+def _check_finite(folder: Path, after: Stage) -> None:
+    tensors = [*after.attention.parameters(), *after.student_embedding.parameters()]
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise UserError(f"{folder}: the trained weights are not all finite (the run diverged), so nothing is measured.")
 
 
 def _ends(spec: ModelSpec) -> PreTrainedModel:
