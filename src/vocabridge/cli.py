@@ -285,6 +285,51 @@ def analyze(
     print(f"JSON, heatmaps and point cloud: {analysis.folder}")
 
 
+@app.command()
+def study(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file: base recipe, variants, training seeds.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Runs trained at once; the threads are divided among them.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the study and show what is left of it.")] = False,
+    results: Annotated[
+        bool, typer.Option("--results", help="Train nothing; collect what is finished into study.json.")
+    ] = False,
+) -> None:
+    """Train every variant of a recipe with every seed, and compare the variants with the baseline."""
+    from vocabridge.study.plan import load_study
+    from vocabridge.study.status import current_status
+    from vocabridge.study.tables import plan_table, result_tables, summary_line, unfinished_lines
+
+    if dry_run and results:
+        raise UserError("--dry-run and --results exclude each other: one writes nothing, the other study.json.")
+    plan = load_study(study)
+    statuses = {run: current_status(run) for run in plan.runs}
+    if dry_run:
+        Console().print(plan_table(plan, statuses, jobs=jobs))
+        for line in unfinished_lines(statuses):
+            print(line)
+        return
+    from vocabridge.study.results import study_results, write_results
+
+    interrupted = False
+    if not results:
+        from vocabridge.study.runner import run_study
+
+        interrupted = run_study(plan, jobs=jobs, tell=lambda line: print(line, file=sys.stderr)).interrupted
+    found = study_results(plan)
+    path = write_results(found)
+    for table in result_tables(found):
+        Console().print(table)
+    for line in unfinished_lines(found.statuses):
+        print(line, file=sys.stderr)
+    print(f"{path}: {summary_line(list(found.statuses.values()))}")
+    if interrupted:
+        words = ["vocabridge", "study", str(study), *(["--jobs", str(jobs)] if jobs > 1 else [])]
+        print(f"interrupted; go on with: {shlex.join(words)}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
+    if not results and any(status.state != "done" for status in found.statuses.values()):
+        raise typer.Exit(1)
+
+
 @app.command("generate-data", cls=_ListCommand)
 def generate_data(
     teacher: Annotated[str, typer.Argument(help="Run folder, checkpoint folder, hub id or .gguf file.")],

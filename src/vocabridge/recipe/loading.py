@@ -33,18 +33,26 @@ _FILE_ENDINGS = (".jsonl", ".json", ".ndjson", ".gguf")
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """Where keys were written, for the start of an error line."""
+class Source:
+    """Where keys were written, for the start of an error line.
+
+    Attributes:
+        file: name of the file.
+        lines: path of a key -> its line in that file.
+        overridden: paths that were set from elsewhere.
+        override_place: what to call that elsewhere.
+    """
 
     file: str
     lines: Mapping[yaml_text.Path, int]
     overridden: frozenset[yaml_text.Path] = frozenset()
+    override_place: str = "command line"
 
     def place(self, path: yaml_text.Path) -> str:
-        """``recipe.yaml:7``, or ``command line`` for what an override set."""
+        """``recipe.yaml:7``, or ``override_place`` for what an override set."""
         new = path not in self.lines  # an unknown section that only an override names
         if any(path[: len(key)] == key or (new and key[: len(path)] == path) for key in self.overridden):
-            return "command line"
+            return self.override_place
         line = self._line(path)
         return f"{self.file}:{line}" if line else self.file
 
@@ -75,6 +83,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: names every problem, one line each, with file, line and key.
     """
+    mapping = read_recipe_file(path)
+    values, overridden = _override(mapping.values, overrides)
+    return build_recipe(values, Source(str(path), mapping.lines, overridden))
+
+
+def read_recipe_file(path: str | Path) -> yaml_text.YamlMapping:
+    """The sections of a recipe file as they were written, with paths found from its folder; nothing is checked yet.
+
+    Raises:
+        UserError: the file cannot be read or is no YAML mapping.
+    """
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -82,9 +101,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
         raise UserError(f"{path}: the recipe cannot be read: {reason}.") from error
     mapping = yaml_text.read_mapping(text, source=str(path))
-    _make_absolute(mapping.values, file.parent)
-    values, overridden = _override(mapping.values, overrides)
-    return _build(values, _Source(str(path), mapping.lines, overridden))
+    make_absolute(mapping.values, file.parent)
+    return mapping
 
 
 def recipe_from_values(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
@@ -97,12 +115,17 @@ def recipe_from_values(values: Mapping[str, Any], *, source: str = "recipe") -> 
     Raises:
         UserError: names every problem, one line each.
     """
-    return _build(copy.deepcopy(dict(values)), _Source(source, {}))
+    return build_recipe(copy.deepcopy(dict(values)), Source(source, {}))
 
 
-def _build(values: dict[str, Any], source: _Source) -> Recipe:
+def build_recipe(values: dict[str, Any], source: Source) -> Recipe:
+    """Check sections wherever they were written.
+
+    Raises:
+        UserError: names every problem, one line each, with the place that ``source`` gives.
+    """
     values = {name: section for name, section in values.items() if not (section is None and name in _OPTIONAL)}
-    _make_absolute(values, Path())
+    make_absolute(values, Path())
     problems = [Problem((name,), unknown_key(name, _CLASSES)) for name in values if name not in _CLASSES]
     sections: dict[str, Any] = {name: None for name in _OPTIONAL if name not in values}
     for name in _CLASSES:
@@ -148,12 +171,22 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[st
             value = yaml_text.read_value(text)
         except UserError as error:
             raise UserError(f"command line: {dotted}: {error}") from error
-        paths.add(_set(values, keys, value, override))
+        paths.add(set_value(values, keys, value, place=f"command line: '{override}'"))
     return values, frozenset(paths)
 
 
-def _set(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> yaml_text.Path:
-    """Set the value where the keys lead (a number is a place in a list), making sections on the way; gives the path."""
+def set_value(values: dict[str, Any], keys: Sequence[str], value: Any, *, place: str) -> yaml_text.Path:
+    """Set the value where the keys lead (a number is a place in a list), making sections on the way; gives the path.
+
+    Args:
+        values: the sections; changed in place.
+        keys: ``["student", "lora", "r"]``.
+        value: what to put there.
+        place: what to call the override in an error.
+
+    Raises:
+        UserError: the keys lead through a plain value or past the end of a list.
+    """
     here: Any = values
     path: yaml_text.Path = ()
     for depth, key in enumerate(keys):
@@ -164,13 +197,13 @@ def _set(values: dict[str, Any], keys: Sequence[str], value: Any, override: str)
             here[key] = {} if here.get(key) is None else here[key]
         else:
             problem = "is a list; name a place in it" if isinstance(here, list) else "is a value, it has no keys"
-            raise UserError(f"command line: '{override}': {'.'.join(keys[:depth])} {problem}.")
+            raise UserError(f"{place}: {'.'.join(keys[:depth])} {problem}.")
         parent, here = here, here[path[-1]]
     parent[path[-1]] = value
     return path
 
 
-def _make_absolute(values: Mapping[str, Any], folder: Path) -> None:
+def make_absolute(values: Mapping[str, Any], folder: Path) -> None:
     """Replace in place every data and model path that exists in ``folder``."""
     for section, key in (*_DATA_KEYS, *_MODEL_KEYS):
         here = values.get(section)

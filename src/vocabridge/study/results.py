@@ -1,0 +1,319 @@
+"""A study's results from whatever is finished: means over seeds, comparisons with the baseline, seeds needed.
+
+``study.json`` is tidy: lists of flat records, one number's circumstances a record, so that a data frame reads each
+list as it is. ``version`` rises when a field changes its meaning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..evaluation.run_folder import write_in_one_piece
+from ..evaluation.statistics import mean_std
+from .plan import PlannedRun, StudyPlan
+from .scores import METRICS, Metric, PairedExamples, Scope, Score, run_scores
+from .statistics import (
+    EffectSize,
+    Interval,
+    PermutationTest,
+    bootstrap_interval,
+    effect_size,
+    holm,
+    seeds_needed,
+    sign_flip_test,
+)
+from .status import RunStatus, current_status
+
+VERSION = 1
+RESULTS_FILE = "study.json"
+DIFFERENCE_TO_SEE = 0.37
+"""ROUGE-L points: the difference for which the needed number of seeds is worked out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One variant over its finished training seeds.
+
+    Attributes:
+        variant, metric, scope: what was measured.
+        mean, std: over training seeds, each the mean of its sampling seeds; ``std`` (n - 1) is None with one.
+        interval: bootstrap over training seeds.
+        seeds: the training seeds.
+        sampling_std: mean over training seeds of the deviation between sampling seeds.
+    """
+
+    variant: str
+    metric: Metric
+    scope: Scope
+    mean: float
+    std: float | None
+    interval: Interval | None
+    seeds: tuple[int, ...]
+    sampling_std: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tested:
+    """A mean difference and how sure it is.
+
+    Attributes:
+        num: seeds or examples that the test is over.
+        interval: bootstrap of the mean difference.
+        test: sign flips.
+        p_holm: the p-value with all variants of the same metric and scope taken together.
+    """
+
+    num: int
+    interval: Interval | None
+    test: PermutationTest
+    p_holm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One variant against the baseline, paired over the training seeds that both have.
+
+    Attributes:
+        variant, metric, scope: what is compared.
+        seeds: training seeds that both have finished.
+        difference: variant minus baseline; for bits per byte less is better.
+        std: of the differences over seeds (n - 1).
+        over_seeds: would it hold for another training?
+        over_examples: would these models differ on other prompts? None for bits per byte and without predictions.
+        effect: standardised difference over seeds.
+        seeds_needed: training seeds to see a difference of 0.37 ROUGE-L at this ``std``; None for other metrics, with
+            fewer than two seeds, or when 10,000 would not do.
+    """
+
+    variant: str
+    metric: Metric
+    scope: Scope
+    seeds: tuple[int, ...]
+    difference: float
+    std: float | None
+    over_seeds: Tested
+    over_examples: Tested | None
+    effect: EffectSize | None
+    seeds_needed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StudyResult:
+    """Everything known at one moment."""
+
+    plan: StudyPlan
+    statuses: dict[PlannedRun, RunStatus]
+    scores: tuple[Score, ...]
+    summaries: tuple[Summary, ...]
+    comparisons: tuple[Comparison, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as study.json has them."""
+        return {
+            "version": VERSION,
+            "study": str(self.plan.source),
+            "baseline": self.plan.baseline,
+            "variants": list(self.plan.variants),
+            "seeds": list(self.plan.seeds),
+            "power": {"difference": DIFFERENCE_TO_SEE, "metric": "rouge_l", "alpha": 0.05, "power": 0.8},
+            "runs": [_run_record(run, status) for run, status in self.statuses.items()],
+            "scores": [_score_record(score) for score in self.scores],
+            "summaries": [_summary_record(summary) for summary in self.summaries],
+            "comparisons": [_comparison_record(comparison) for comparison in self.comparisons],
+        }
+
+
+def study_results(plan: StudyPlan) -> StudyResult:
+    """Collect and compare what is finished; a run with damaged results counts as failed."""
+    statuses = {run: current_status(run) for run in plan.runs}
+    scores: list[Score] = []
+    for run, status in statuses.items():
+        if status.state == "done":
+            try:
+                scores += run_scores(run)
+            except UserError as error:
+                statuses[run] = status.model_copy(update={"state": "failed", "message": str(error)})
+    finished = [run for run, status in statuses.items() if status.state == "done"]
+    order = {variant: position for position, variant in enumerate(plan.variants)}
+    scores.sort(key=lambda score: (order[score.variant], score.seed))
+    return StudyResult(
+        plan=plan,
+        statuses=statuses,
+        scores=tuple(scores),
+        summaries=tuple(_summaries(scores)),
+        comparisons=tuple(_comparisons(plan, scores, PairedExamples(finished))),
+    )
+
+
+def write_results(result: StudyResult) -> Path:
+    """Write ``study.json`` into the study's folder and give its path."""
+    path = result.plan.folder / RESULTS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    write_in_one_piece(path, text + "\n")
+    return path
+
+
+# --- means -----------------------------------------------------------------------------------------------------------
+
+
+def _summaries(scores: Sequence[Score]) -> Iterable[Summary]:
+    groups: dict[tuple[str, Metric, Scope], list[Score]] = {}
+    for score in scores:
+        groups.setdefault((score.variant, score.metric, score.scope), []).append(score)
+    for (variant, metric, scope), group in groups.items():
+        values = [score.value for score in group]
+        over_seeds = mean_std(values)
+        sampling = [score.sampling_std for score in group if score.sampling_std is not None]
+        yield Summary(
+            variant=variant,
+            metric=metric,
+            scope=scope,
+            mean=over_seeds.mean,
+            std=over_seeds.std,
+            interval=bootstrap_interval([values]),
+            seeds=tuple(score.seed for score in group),
+            sampling_std=mean_std(sampling).mean if sampling else None,
+        )
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------------
+
+
+def _comparisons(plan: StudyPlan, scores: Sequence[Score], examples: PairedExamples) -> Iterable[Comparison]:
+    by_cell: dict[tuple[Metric, Scope], dict[str, dict[int, float]]] = {}
+    for score in scores:
+        variants = by_cell.setdefault((score.metric, score.scope), {})
+        variants.setdefault(score.variant, {})[score.seed] = score.value
+    for metric in METRICS:
+        for (cell_metric, scope), variants in by_cell.items():
+            if cell_metric == metric and plan.baseline in variants:
+                baseline = variants.pop(plan.baseline)
+                found = [
+                    _comparison(variant, metric, scope, values, baseline, plan.baseline, examples)
+                    for variant, values in variants.items()
+                    if values.keys() & baseline.keys()
+                ]
+                yield from _with_holm(found)
+
+
+def _comparison(
+    variant: str,
+    metric: Metric,
+    scope: Scope,
+    values: dict[int, float],
+    baseline: dict[int, float],
+    baseline_name: str,
+    examples: PairedExamples,
+) -> Comparison:
+    seeds = tuple(sorted(values.keys() & baseline.keys()))
+    differences = [values[seed] - baseline[seed] for seed in seeds]
+    over_seeds = _tested([differences])
+    assert over_seeds is not None, "there is at least one seed"
+    groups = None
+    if metric != "bits_per_byte":
+        groups = examples.differences(variant, baseline_name, seeds=seeds, files=scope.files, metric=metric)
+    spread = mean_std(differences)
+    return Comparison(
+        variant=variant,
+        metric=metric,
+        scope=scope,
+        seeds=seeds,
+        difference=spread.mean,
+        std=spread.std,
+        over_seeds=over_seeds,
+        over_examples=_tested(groups) if groups else None,
+        effect=effect_size(differences),
+        seeds_needed=seeds_needed(DIFFERENCE_TO_SEE, spread.std) if metric == "rouge_l" and spread.std else None,
+    )
+
+
+def _tested(groups: Sequence[Any]) -> Tested | None:
+    test = sign_flip_test(groups)
+    if test is None:
+        return None
+    return Tested(sum(map(len, groups)), bootstrap_interval(groups), test, p_holm=test.p_value)
+
+
+def _with_holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons of one metric and scope with p-values corrected over the variants."""
+    seeds = holm([comparison.over_seeds.test.p_value for comparison in comparisons])
+    tested = [comparison.over_examples for comparison in comparisons if comparison.over_examples is not None]
+    examples = iter(holm([part.test.p_value for part in tested]))
+    return [
+        replace(
+            comparison,
+            over_seeds=replace(comparison.over_seeds, p_holm=p_holm),
+            over_examples=comparison.over_examples and replace(comparison.over_examples, p_holm=next(examples)),
+        )
+        for comparison, p_holm in zip(comparisons, seeds, strict=True)
+    ]
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def _run_record(run: PlannedRun, status: RunStatus) -> dict[str, Any]:
+    facts = {
+        "variant": run.variant,
+        "seed": run.seed,
+        "folder": str(run.folder),
+        "objective": run.recipe.objective.name,
+    }
+    return facts | status.model_dump(include={"state", "message", "seconds", "sessions", "steps"})
+
+
+def _score_record(score: Score) -> dict[str, Any]:
+    return _cell(score) | {
+        "seed": score.seed,
+        "value": score.value,
+        "sampling_std": score.sampling_std,
+        "num_sampling_seeds": score.num_sampling_seeds,
+    }
+
+
+def _summary_record(summary: Summary) -> dict[str, Any]:
+    spread = {"mean": summary.mean, "std": summary.std, "sampling_std": summary.sampling_std}
+    return _cell(summary) | spread | _interval(summary.interval) | {"seeds": list(summary.seeds)}
+
+
+def _comparison_record(comparison: Comparison) -> dict[str, Any]:
+    return {
+        **_cell(comparison),
+        "seeds": list(comparison.seeds),
+        "difference": comparison.difference,
+        "std": comparison.std,
+        "cohen_dz": comparison.effect and comparison.effect.cohen_dz,
+        "hedges_gz": comparison.effect and comparison.effect.hedges_gz,
+        "seeds_needed": comparison.seeds_needed,
+        **_tested_fields("seeds", comparison.over_seeds),
+        **_tested_fields("examples", comparison.over_examples),
+    }
+
+
+def _cell(record: Score | Summary | Comparison) -> dict[str, Any]:
+    scope = record.scope
+    return {"variant": record.variant, "metric": record.metric, "scope": scope.name, "domain": scope.domain}
+
+
+def _tested_fields(prefix: str, tested: Tested | None) -> dict[str, Any]:
+    """The same columns whether there was a test or not."""
+    test = None if tested is None else tested.test
+    fields = {
+        "num": tested and tested.num,
+        **_interval(None if tested is None else tested.interval),
+        "p_value": test and test.p_value,
+        "p_holm": tested and tested.p_holm,
+        "smallest_p": test and test.smallest_p,
+        "exact": test and test.exact,
+    }
+    return {f"{prefix}_{name}": value for name, value in fields.items()}
+
+
+def _interval(interval: Interval | None) -> dict[str, Any]:
+    return {"low": interval and interval.low, "high": interval and interval.high}

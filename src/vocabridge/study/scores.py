@@ -1,0 +1,170 @@
+"""What the finished runs of a study scored: per run for tables, per example for paired tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import UserError
+from .plan import PlannedRun
+from .status import results_file
+
+Metric = Literal["rouge_l", "exact_match", "bits_per_byte"]
+METRICS: tuple[Metric, ...] = ("rouge_l", "exact_match", "bits_per_byte")
+Domain = Literal["in", "out"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a score is over: one file, or the average over the files of a domain, every file counting the same.
+
+    Attributes:
+        name: the file's name, or ``in-domain`` or ``out-of-domain``.
+        domain: whether it resembles the training data.
+        files: names of the files.
+    """
+
+    name: str
+    domain: Domain
+    files: tuple[str, ...]
+
+    @property
+    def is_average(self) -> bool:
+        """Several files, or one that stands for its domain."""
+        return self.name in ("in-domain", "out-of-domain")
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One number of one run.
+
+    Attributes:
+        variant: the run's variant.
+        seed: its training seed.
+        metric: ROUGE-L and exact match in percent, bits per byte of the references.
+        scope: file or average.
+        value: mean over sampling seeds.
+        sampling_std: their standard deviation (n - 1); None with one seed and for bits per byte.
+        num_sampling_seeds: how many there were.
+    """
+
+    variant: str
+    seed: int
+    metric: Metric
+    scope: Scope
+    value: float
+    sampling_std: float | None
+    num_sampling_seeds: int
+
+
+def run_scores(run: PlannedRun) -> list[Score]:
+    """All scores of a finished run.
+
+    Raises:
+        UserError: its results.json cannot be read as one.
+    """
+    path = results_file(run.folder)
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        return list(_scores(run, results))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); remove {path.parent}.") from error
+
+
+def _scores(run: PlannedRun, results: Mapping[str, Any]) -> Iterator[Score]:
+    files = results["files"]
+    num_seeds = len(files[0]["seeds"])
+    parts = [(Scope(file["name"], "in" if file["in_domain"] else "out", (file["name"],)), file) for file in files]
+    for domain, key in (("in", "in_domain"), ("out", "out_of_domain")):
+        if average := results[key]:
+            scope = Scope(f"{key.replace('_', '-')}", "in" if domain == "in" else "out", tuple(average["files"]))
+            parts.append((scope, average))
+    for scope, part in parts:
+        for metric in ("rouge_l", "exact_match"):
+            value, deviation = float(part[metric]["mean"]), part[metric]["std"]
+            name: Metric = "rouge_l" if metric == "rouge_l" else "exact_match"
+            yield Score(run.variant, run.seed, name, scope, value, deviation, num_seeds)
+        yield Score(run.variant, run.seed, "bits_per_byte", scope, float(part["bits_per_byte"]), None, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleScores:
+    """Scores of one file's examples under one run, in percent, sampling seeds averaged.
+
+    Attributes:
+        sources: where each example came from (``test.jsonl:12``); two runs compare only over the same examples.
+        values: metric -> float64 ``[examples]``.
+    """
+
+    sources: tuple[str, ...]
+    values: Mapping[Metric, np.ndarray]
+
+
+def example_scores(run: PlannedRun, file: str) -> ExampleScores | None:
+    """Scores of every example of a file from the predictions of a finished run; None where there are none."""
+    settings = run.recipe.evaluation
+    assert settings is not None, "a study's recipes have an evaluation section"
+    folder = results_file(run.folder).parent / "predictions"
+    paths = [folder / f"{file}.seed{seed}.jsonl" for seed in settings.seeds]
+    records = [_records(path) for path in paths if path.is_file()]  # greedy decoding has the first seed only
+    if not records or any(rows is None for rows in records):
+        return None
+    per_seed = [rows for rows in records if rows is not None]
+    sources = [tuple(str(row["source"]) for row in rows) for rows in per_seed]
+    if len(set(sources)) != 1:
+        return None
+    values: dict[Metric, np.ndarray] = {}
+    for metric in METRICS[:2]:
+        scores = np.array([[100.0 * float(row[metric]) for row in rows] for rows in per_seed])
+        values[metric] = scores.mean(axis=0)
+    return ExampleScores(sources[0], values)
+
+
+def _records(path: Path) -> list[dict[str, Any]] | None:
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+        return rows if all({"source", *METRICS[:2]} <= row.keys() for row in rows) else None
+    except (ValueError, AttributeError):
+        return None
+
+
+class PairedExamples:
+    """Example-level differences between two variants; reads each prediction file once."""
+
+    def __init__(self, runs: Sequence[PlannedRun]) -> None:
+        self._runs = {(run.variant, run.seed): run for run in runs}
+        self._cache: dict[tuple[str, int, str], ExampleScores | None] = {}
+
+    def differences(
+        self, variant: str, baseline: str, *, seeds: Sequence[int], files: Sequence[str], metric: Metric
+    ) -> list[np.ndarray] | None:
+        """Variant minus baseline for every example of each file, averaged over training seeds.
+
+        Returns:
+            Percent, one float64 ``[examples]`` a file; None where predictions are missing or over other examples.
+        """
+        groups = []
+        for file in files:
+            ours = [self._scores(variant, seed, file) for seed in seeds]
+            theirs = [self._scores(baseline, seed, file) for seed in seeds]
+            there = [scores for scores in (*ours, *theirs) if scores is not None]
+            if len(there) < len(ours) + len(theirs) or len({scores.sources for scores in there}) != 1:
+                return None
+            means = [np.mean([scores.values[metric] for scores in part], axis=0) for part in _halves(there)]
+            groups.append(means[0] - means[1])
+        return groups or None
+
+    def _scores(self, variant: str, seed: int, file: str) -> ExampleScores | None:
+        key = (variant, seed, file)
+        if key not in self._cache:
+            self._cache[key] = example_scores(self._runs[variant, seed], file)
+        return self._cache[key]
+
+
+def _halves(items: Sequence[ExampleScores]) -> tuple[Sequence[ExampleScores], Sequence[ExampleScores]]:
+    return items[: len(items) // 2], items[len(items) // 2 :]

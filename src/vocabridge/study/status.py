@@ -1,0 +1,116 @@
+"""How far one run of a study is: a small file in its folder, and a lock that dies with the process that trains it.
+
+::
+
+    study-status.json     state, message, times; written whole, by rename
+    study-recipe.yaml     what the process trains
+    study.log             what it printed
+    .study.lock           held while a process trains in this folder
+
+The lock tells a run that is trained at this moment from one whose process was killed: the operating system frees it
+with the process, whatever killed it, while a process id in a file may long belong to another program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from ..evaluation.run_folder import write_in_one_piece
+from ..recipe import Recipe
+from ..settings import Settings
+from .plan import PlannedRun
+
+STATUS_FILE = "study-status.json"
+RECIPE_FILE = "study-recipe.yaml"
+LOG_FILE = "study.log"
+_LOCK_FILE = ".study.lock"
+
+State = Literal["pending", "running", "done", "failed", "interrupted"]
+
+
+class RunStatus(Settings):
+    """How far a run is."""
+
+    state: State = "pending"
+    """``interrupted`` and ``failed`` runs go on from their last checkpoint when the study is started again."""
+    message: str = ""
+    """Why it failed."""
+    recipe: str = ""
+    """Fingerprint of the recipe that was trained; another one makes the run pending again."""
+    seconds: float = 0.0
+    """Time of all its processes that ended by themselves, training and evaluation, in seconds."""
+    sessions: int = 0
+    """Processes that were started for it."""
+    steps: int | None = None
+    """Optimizer steps trained, once it is done."""
+
+
+def read_status(folder: Path) -> RunStatus:
+    """The status of a run folder; of a folder that has none, or a damaged one, that it is pending.
+
+    A run whose process is gone without a word counts as interrupted, not as running. A damaged file costs little: the
+    run goes on from its last checkpoint, and one that was done finds its evaluation there.
+    """
+    path = folder / STATUS_FILE
+    try:
+        status = RunStatus.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return RunStatus()
+    except (OSError, ValidationError):
+        return RunStatus(message="its status file is damaged")
+    if status.state == "running" and not is_locked(folder):
+        return status.model_copy(update={"state": "interrupted", "message": "its process is gone"})
+    return status
+
+
+def current_status(run: PlannedRun) -> RunStatus:
+    """The status of a planned run: one that was done with another recipe, or lost its results, is pending again."""
+    status = read_status(run.folder)
+    if status.state != "done":
+        return status
+    if status.recipe != recipe_fingerprint(run.recipe):
+        return status.model_copy(update={"state": "pending", "message": "its recipe has changed"})
+    if not results_file(run.folder).is_file():
+        return status.model_copy(update={"state": "pending", "message": "its results are gone"})
+    return status
+
+
+def results_file(folder: Path) -> Path:
+    """Where the evaluation of a run writes its scores."""
+    return folder / "evaluation" / "results.json"
+
+
+def write_status(folder: Path, status: RunStatus) -> None:
+    """Replace the status of a run folder."""
+    write_in_one_piece(folder / STATUS_FILE, json.dumps(status.model_dump(), indent=2) + "\n")
+
+
+def run_lock(folder: Path) -> FileLock:
+    """The lock of a run folder, not yet taken."""
+    return FileLock(folder / _LOCK_FILE)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a living process trains in this folder."""
+    if not (folder / _LOCK_FILE).exists():
+        return False
+    lock = run_lock(folder)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """Changes with anything the recipe says, its run folder aside: a study may be moved."""
+    text = re.sub(r"^  output_dir: .*$", "", recipe.resolved_yaml(), count=1, flags=re.MULTILINE)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,159 @@
+"""A study on the screen: its plan, its means, its comparisons."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from .estimate import estimate, total_seconds
+from .plan import PlannedRun, StudyPlan
+from .results import DIFFERENCE_TO_SEE, Comparison, StudyResult, Summary, Tested
+from .scores import Metric, Scope
+from .status import RunStatus
+
+_TITLES: dict[Metric, str] = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "bits_per_byte": "bits/byte"}
+_ALPHA = 0.05
+
+
+def plan_table(plan: StudyPlan, statuses: Mapping[PlannedRun, RunStatus], *, jobs: int) -> Table:
+    """One line a variant: how its runs stand and what is still to come."""
+    parts = estimate(plan, statuses)
+    table = Table(title=f"{plan.folder}: {len(plan.runs)} runs", title_justify="left")
+    table.add_column("variant", overflow="fold")
+    for heading in ("objective", "runs"):
+        table.add_column(heading)
+    for heading in ("time a run", "time left", "disk a run", "disk left"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    objectives = {run.variant: run.recipe.objective.name for run in plan.runs}
+    for part in parts:
+        name = f"{escape(part.variant)} (baseline)" if part.variant == plan.baseline else escape(part.variant)
+        states = ", ".join(f"{count} {state}" for state, count in Counter(part.states.values()).items())
+        times = (duration(part.seconds_per_run), duration(part.seconds_left))
+        sizes = (gigabytes(part.bytes_per_run), gigabytes(part.bytes_left))
+        table.add_row(name, escape(objectives[part.variant]), states, *times, *sizes)
+    left = [part.bytes_left for part in parts]
+    known = [value for value in left if value is not None]
+    total = gigabytes(sum(known) if len(known) == len(left) else None)
+    with_jobs = f" with {jobs} processes" if jobs > 1 else ""
+    free = gigabytes(_free_bytes(plan.folder))
+    table.caption = f"left: {duration(total_seconds(parts, jobs))}{with_jobs}, {total} of {free} free"
+    return table
+
+
+def unfinished_lines(statuses: Mapping[PlannedRun, RunStatus]) -> list[str]:
+    """A line for every run that failed or has something to say."""
+    return [
+        f"{run.title}: {status.state}: {status.message}"
+        for run, status in statuses.items()
+        if status.message and status.state != "done"
+    ]
+
+
+def result_tables(result: StudyResult) -> list[Table]:
+    """Means of every metric, then the comparisons with the baseline; nothing without a finished run."""
+    if not result.summaries:
+        return []
+    tables = [_means_table(result, metric, title) for metric, title in _TITLES.items()]
+    return [*tables, _comparison_table(result)] if result.comparisons else tables
+
+
+def _means_table(result: StudyResult, metric: Metric, title: str) -> Table:
+    rows = [summary for summary in result.summaries if summary.metric == metric]
+    scopes = list(dict.fromkeys(summary.scope for summary in rows))
+    table = Table(title=f"{title}: mean and standard deviation over training seeds", title_justify="left")
+    table.add_column("variant", overflow="fold")
+    table.add_column("seeds", justify="right")
+    for scope in scopes:
+        table.add_column(_scope_title(scope), justify="right")
+    digits = 4 if metric == "bits_per_byte" else 2
+    for variant in dict.fromkeys(summary.variant for summary in rows):
+        own = {summary.scope: summary for summary in rows if summary.variant == variant}
+        num = max(len(summary.seeds) for summary in own.values())
+        table.add_row(escape(variant), str(num), *(_mean_cell(own.get(scope), digits) for scope in scopes))
+    return table
+
+
+def _comparison_table(result: StudyResult) -> Table:
+    table = Table(title=f"against {escape(result.plan.baseline)}", title_justify="left")
+    for heading in ("variant", "metric", "data"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("difference", "seeds", "p, seeds", "p, examples", "effect", f"seeds for {DIFFERENCE_TO_SEE}"):
+        table.add_column(heading, justify="right")
+    for comparison in result.comparisons:
+        table.add_row(*_comparison_cells(comparison))
+    table.caption = "95 % bootstrap intervals over seeds; p-values Holm-corrected over variants, * below 0.05"
+    fewest = min(comparison.over_seeds.test.smallest_p for comparison in result.comparisons)
+    if fewest > _ALPHA:
+        table.caption += f"; so few seeds cannot give a p over seeds below {fewest:.3g}"
+    return table
+
+
+def _comparison_cells(comparison: Comparison) -> list[str]:
+    digits = 4 if comparison.metric == "bits_per_byte" else 2
+    interval = comparison.over_seeds.interval
+    spread = "" if interval is None else f" [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
+    return [
+        escape(comparison.variant),
+        _TITLES[comparison.metric],
+        _scope_title(comparison.scope),
+        f"{comparison.difference:+.{digits}f}{escape(spread)}",
+        str(len(comparison.seeds)),
+        _p_cell(comparison.over_seeds),
+        _p_cell(comparison.over_examples),
+        "-" if comparison.effect is None else f"{comparison.effect.hedges_gz:+.2f}",
+        "-" if comparison.seeds_needed is None else str(comparison.seeds_needed),
+    ]
+
+
+def _mean_cell(summary: Summary | None, digits: int) -> str:
+    if summary is None:
+        return "-"
+    return f"{summary.mean:.{digits}f}" + ("" if summary.std is None else f" ± {summary.std:.{digits}f}")
+
+
+def _p_cell(tested: Tested | None) -> str:
+    return "-" if tested is None else f"{tested.p_holm:.4f}" + (" *" if tested.p_holm < _ALPHA else "")
+
+
+def _scope_title(scope: Scope) -> str:
+    return escape(scope.name) if scope.is_average else f"{escape(scope.name)} ({scope.domain})"
+
+
+def duration(seconds: float | None) -> str:
+    """Time as people say it.
+
+    >>> duration(None), duration(42), duration(600), duration(30_000)
+    ('unknown', '42 s', '10 min', '8.3 h')
+    """
+    if seconds is None:
+        return "unknown"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def gigabytes(num_bytes: float | None) -> str:
+    """Size in decimal units.
+
+    >>> gigabytes(None), gigabytes(5e6), gigabytes(2.5e9)
+    ('unknown', '5 MB', '2.5 GB')
+    """
+    if num_bytes is None:
+        return "unknown"
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f} GB"
+
+
+def _free_bytes(folder: Path) -> int:
+    """Of the disk that the folder lies on, or will."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def summary_line(statuses: Sequence[RunStatus]) -> str:
+    """How many runs stand where: ``38 done, 2 failed``."""
+    return ", ".join(f"{count} {state}" for state, count in Counter(status.state for status in statuses).items())

@@ -1,0 +1,98 @@
+"""What a run folder says about itself, also after a kill or with a damaged file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from study_cases import BASE, WriteStudy, finish
+from vocabridge.study.plan import load_study
+from vocabridge.study.status import (
+    RunStatus,
+    current_status,
+    is_locked,
+    read_status,
+    run_lock,
+    write_status,
+)
+
+SCORES = {"test": {10: [0.5, 1.0]}}
+
+
+def test_status_is_read_back(tmp_path: Path) -> None:
+    assert read_status(tmp_path) == RunStatus()
+    status = RunStatus(state="failed", message="why: ‘x’", recipe="ab", seconds=1.5, sessions=2, steps=None)
+    write_status(tmp_path, status)
+    assert read_status(tmp_path) == status
+    assert [path.name for path in tmp_path.iterdir()] == ["study-status.json"]
+
+
+@pytest.mark.parametrize("text", ["", '{"state": "do', '{"state": "finished"}', "[1]", "\xff\xfe", '{"seconds": "x"}'])
+def test_a_damaged_status_is_pending(tmp_path: Path, text: str) -> None:
+    (tmp_path / "study-status.json").write_bytes(text.encode("latin-1"))
+    assert read_status(tmp_path) == RunStatus(message="its status file is damaged")
+
+
+def test_running_means_that_a_process_holds_the_lock(tmp_path: Path) -> None:
+    write_status(tmp_path, RunStatus(state="running", seconds=3.0))
+    assert read_status(tmp_path).state == "interrupted"
+    holder = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from vocabridge.study.status import run_lock\n"
+        "with run_lock(Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        assert read_status(tmp_path).state == "running"
+    finally:
+        process.kill()  # as a power cut or the out-of-memory killer does: nothing is cleaned up
+        process.communicate()
+    deadline = time.monotonic() + 10
+    while is_locked(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert read_status(tmp_path).state == "interrupted"
+    assert read_status(tmp_path).seconds == 3.0
+
+
+def test_looking_at_a_lock_takes_it_from_nobody(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path)
+    assert not list(tmp_path.iterdir()), "looking leaves no trace"
+    with run_lock(tmp_path):
+        assert is_locked(tmp_path)
+        assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
+
+
+def test_done_holds_for_the_recipe_that_was_trained(write_study: WriteStudy) -> None:
+    run = load_study(write_study()).runs[0]
+    finish(run, SCORES)
+    assert current_status(run).state == "done"
+    changed = load_study(write_study(base={**BASE, "training": {"max_steps": 5}})).runs[0]
+    assert changed.folder == run.folder
+    status = current_status(changed)
+    assert (status.state, status.message) == ("pending", "its recipe has changed")
+    assert current_status(run).state == "done"
+
+
+def test_a_study_may_be_moved(write_study: WriteStudy) -> None:
+    run = load_study(write_study()).runs[0]
+    finish(run, SCORES)
+    Path("study").rename("moved")
+    assert current_status(load_study(write_study(output_dir="moved")).runs[0]).state == "done"
+    assert current_status(run).state == "pending"
+
+
+def test_done_without_results_is_not_done(write_study: WriteStudy) -> None:
+    run = load_study(write_study()).runs[0]
+    finish(run, SCORES)
+    (run.folder / "evaluation" / "results.json").unlink()
+    assert current_status(run).message == "its results are gone"
