@@ -196,6 +196,7 @@ def test_without_predictions_the_examples_are_left_out(finished: StudyPlan, dama
         lines = path.read_text().splitlines(keepends=True)
         if damage == "missing":
             path.unlink()
+            break  # one sampling seed of two
         elif damage == "torn":
             path.write_text(lines[0] + lines[1][:10])
         else:

@@ -17,7 +17,7 @@ from study_cases import WriteStudy
 from vocabridge.errors import UserError
 from vocabridge.study.plan import StudyPlan, load_study
 from vocabridge.study.runner import Command, child_environment, run_study
-from vocabridge.study.status import RunStatus, current_status, read_status, write_status
+from vocabridge.study.status import RunStatus, current_status, read_status, run_lock, write_status
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -46,6 +46,14 @@ def train(recipe):
         raise ZeroDivisionError("no tokens")
     if wanted == "kill":
         os.kill(os.getpid(), 9)
+    if wanted == "stubborn":
+        while True:
+            try:
+                time.sleep(60)
+            except KeyboardInterrupt:
+                note("asked")
+    if wanted == "changed":
+        raise UserError("the run was started with other values of x; start anew with --overwrite.")
     if wanted == "wait":
         try:
             time.sleep(60)
@@ -219,6 +227,35 @@ def test_one_signal_saves_and_stops(study_process: subprocess.Popen[str], plan: 
         "cma-seed0": "interrupted",
         **dict.fromkeys(["sft-seed0", "cma-seed1", "sft-seed1"], "pending"),
     }
+
+
+def test_the_third_signal_kills(plan: StudyPlan, command: Command, leftovers: None) -> None:
+    Path("behaviour-cma-seed0").write_text("stubborn")
+    process = subprocess.Popen([sys.executable, "-c", STUDY_PROCESS], stdout=subprocess.PIPE, text=True)
+    wait_for(started)
+    for asked in (1, 2):
+        process.send_signal(signal.SIGINT)
+        wait_for(lambda asked=asked: len(events()) == 1 + asked)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert "interrupted True" in out
+    assert states(plan)["cma-seed0"] == "interrupted"
+
+
+def test_a_changed_recipe_is_told_in_the_words_of_a_study(plan: StudyPlan, command: Command) -> None:
+    Path("behaviour-cma-seed0").write_text("changed")
+    outcome = run_study(plan, command=command)
+    assert outcome.statuses[plan.runs[0]].message.endswith("--overwrite. In a study: remove its folder.")
+
+
+def test_a_child_leaves_a_folder_alone_that_another_trains_in(plan: StudyPlan, command: Command) -> None:
+    run_study(plan, command=command)
+    folder = plan.runs[0].folder
+    with run_lock(folder):
+        done = subprocess.run(command(folder), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "another process trains here" in done.stderr
+    assert len(started()) == 4
 
 
 def test_a_killed_study_leaves_its_run_alone_and_finds_it_again(

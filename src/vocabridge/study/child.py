@@ -71,7 +71,9 @@ def _outcome(recipe: Recipe, train: Train) -> dict[str, object]:
         return {"state": "interrupted"}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return {"state": "failed", "message": str(error)}
+        # What 'vocabridge distill' does with --overwrite, a study does in a folder that is gone.
+        hint = " In a study: remove its folder." if "--overwrite" in str(error) else ""
+        return {"state": "failed", "message": f"{error}{hint}"}
     except Exception as error:
         traceback.print_exc()
         return {"state": "failed", "message": f"{type(error).__name__}: {error}"}

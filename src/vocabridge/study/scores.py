@@ -110,9 +110,9 @@ def example_scores(run: PlannedRun, file: str) -> ExampleScores | None:
     settings = run.recipe.evaluation
     assert settings is not None, "a study's recipes have an evaluation section"
     folder = results_file(run.folder).parent / "predictions"
-    paths = [folder / f"{file}.seed{seed}.jsonl" for seed in settings.seeds]
-    records = [_records(path) for path in paths if path.is_file()]  # greedy decoding has the first seed only
-    if not records or any(rows is None for rows in records):
+    seeds = settings.seeds[:1] if settings.temperature == 0 else settings.seeds  # greedy decoding keeps the first
+    records = [_records(folder / f"{file}.seed{seed}.jsonl") for seed in seeds]
+    if any(rows is None for rows in records):
         return None
     per_seed = [rows for rows in records if rows is not None]
     sources = [tuple(str(row["source"]) for row in rows) for rows in per_seed]
@@ -126,10 +126,11 @@ def example_scores(run: PlannedRun, file: str) -> ExampleScores | None:
 
 
 def _records(path: Path) -> list[dict[str, Any]] | None:
+    """The lines of a prediction file; None when it is missing, torn or something else."""
     try:
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
         return rows if all({"source", *METRICS[:2]} <= row.keys() for row in rows) else None
-    except (ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return None
 
 
