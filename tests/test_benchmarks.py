@@ -108,14 +108,20 @@ def page_with_results(folder):
     return report, page
 
 
+def between_marks(page, name):
+    return page.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+
+
 def test_report_fills_the_page_and_draws(tmp_path):
     report, page = page_with_results(tmp_path)
+    before = page.read_text()
     command = ["--results", str(tmp_path), "--page", str(page)]
     report.main(command)
     text = page.read_text()
     assert "| linear | 1.01 | <= 1.1 | yes |" in text
     assert f"torch {torch.__version__}" in text
-    assert "Not measured yet: `python benchmarks/floor.py`." in text
+    assert between_marks(text, "floor") == between_marks(before, "floor"), "no result, so nothing to write"
+    assert between_marks(text, "growth") != between_marks(before, "growth")
     chart = tmp_path / "performance" / "growth.svg"
     first = chart.read_bytes()
     report.main(command)
