@@ -44,7 +44,7 @@ class Config(PairedSpaceConfig):
     """Settings of DSKD on one tokenizer; the values of DSKDv2, but for ``recompute_every``."""
 
     paper: ClassVar[str] = "DSKD, EMNLP 2024, arXiv 2406.17328; DSKDv2, arXiv 2504.11426"
-    needs: ClassVar[tuple[str, ...]] = ("teacher", "same_tokenizer")
+    needs: ClassVar[tuple[str, ...]] = ("teacher", "same_tokenizer", "chunks")
     use_when: ClassVar[str] = "both models have the same tokenizer, and logits alone (logit_kd) are not enough"
 
 

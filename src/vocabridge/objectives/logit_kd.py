@@ -53,7 +53,7 @@ class Config(DivergenceConfig):
     """Settings of logit distillation."""
 
     paper: ClassVar[str] = "Hinton et al. 2015, arXiv 1503.02531 (GKD: 2306.13649, DistiLLM: 2402.03898)"
-    needs: ClassVar[tuple[str, ...]] = ("teacher", "same_tokenizer")
+    needs: ClassVar[tuple[str, ...]] = ("teacher", "same_tokenizer", "chunks")
     cost: ClassVar[Cost] = "both heads"
     use_when: ClassVar[str] = "both models have the same tokenizer"
 
