@@ -12,6 +12,7 @@ from vocabridge.models.heads import OutputHead
 from vocabridge.objectives.base import ForwardPair
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+SIDES = ("student", "teacher")
 
 
 class GoldenBatch:
@@ -56,6 +57,30 @@ class GoldenBatch:
             "chunk_ids": torch.zeros_like(student),
             "teacher_chunk_ids": torch.zeros_like(teacher),
         }
+
+    def masked_pair(self) -> ForwardPair:
+        """Of a case with prompts and padding: its supervised positions; hidden states play no role."""
+        sides = []
+        for side in SIDES:
+            labels = self.tensors[f"in.{side}_labels"]
+            rows, columns = (labels != -100).nonzero(as_tuple=True)
+            weight = self.tensors[f"in.{side}_lm_head_weight"]
+            sides.append(
+                SideForward(
+                    hidden_states=self.tensors[f"in.{side}_hidden"][rows, columns],
+                    input_ids=self.tensors[f"in.{side}_input_ids"][rows, columns],
+                    labels=labels[rows, columns],
+                    rows=rows,
+                    head=OutputHead(weight, None, None, 1.0),
+                    embedding=nn.Embedding.from_pretrained(self.tensors[f"in.{side}_embed_weight"]),
+                )
+            )
+        return ForwardPair(*sides)
+
+    def masked_batch(self) -> dict[str, torch.Tensor]:
+        """Labels as a PairBatch has them: not shifted."""
+        student, teacher = (nn.functional.pad(self.tensors[f"in.{s}_labels"], (1, 0), value=-100) for s in SIDES)
+        return {"labels": student, "teacher_labels": teacher}
 
 
 @pytest.fixture

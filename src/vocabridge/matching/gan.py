@@ -7,7 +7,7 @@ queries is reversed and scaled by the term's weight. D therefore learns at full 
 
 Unlike the published code: D is trained (there it is in no optimizer), only supervised positions enter (there padding
 and prompts too), and the means over queries and keys keep their size whatever the number of tokens (there the term is
-divided by the token count once more).
+divided by the token count once more). ``train_discriminator: false`` and ``positions: all`` bring back the first two.
 """
 
 from __future__ import annotations
@@ -51,12 +51,14 @@ class Discriminator(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class GanSums:
-    """Sums over the micro-batch's positions; the losses carry gradients, the counts of right answers do not."""
+    """Sums over the micro-batch's positions, which carry gradients, and which of them are told right."""
 
     query_loss: Tensor
     key_loss: Tensor
     queries_right: Tensor
+    """``[N]`` bool."""
     keys_right: Tensor
+    """``[M]`` bool."""
 
 
 class GanMatching(nn.Module):
@@ -90,7 +92,7 @@ class GanMatching(nn.Module):
         key_loss = binary_cross_entropy_with_logits(key_logits, torch.full_like(key_logits, smooth), reduction="sum")
         if self.config.r1_penalty and trains_discriminator and torch.is_grad_enabled():
             key_loss = key_loss + self.config.r1_penalty * self._squared_gradient(keys.detach())
-        return GanSums(query_loss, key_loss, (query_logits > 0).sum(), (key_logits <= 0).sum())
+        return GanSums(query_loss, key_loss, query_logits > 0, key_logits <= 0)
 
     def _turn(self) -> tuple[bool, bool]:
         if self.config.updates == "reversal":

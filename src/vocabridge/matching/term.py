@@ -31,7 +31,7 @@ DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Counts:
+class PositionCounts:
     """Supervised positions of the micro-batch."""
 
     queries: int
@@ -75,9 +75,16 @@ class MatchingTerm(nn.Module):
         return self._full_weight * (min(1.0, self._step / self._warmup_steps) if self._warmup_steps else 1.0)
 
     def forward(
-        self, queries: Tensor, keys: Tensor, *, query_rows: Tensor, key_rows: Tensor, num_examples: int
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        *,
+        query_rows: Tensor,
+        key_rows: Tensor,
+        num_examples: int,
+        supervised: PositionCounts | None = None,
     ) -> dict[str, LossTerm]:
-        """Terms for packed ``queries [N, F]`` and constant ``keys [M, F]`` of supervised positions only.
+        """Terms for packed ``queries [N, F]`` and constant ``keys [M, F]``.
 
         Terms and metrics have the same names for every micro-batch, an empty one too: ranks add them up by place.
 
@@ -87,12 +94,14 @@ class MatchingTerm(nn.Module):
             query_rows: ``[N]`` example of each query, sorted.
             key_rows: ``[M]`` example of each key, sorted.
             num_examples: in the micro-batch.
+            supervised: how many of both, those in front, are supervised positions; default all. Only ``gan`` takes
+                others.
         """
-        counts = _Counts(queries.shape[0], keys.shape[0])
+        counts = supervised or PositionCounts(queries.shape[0], keys.shape[0])
         if self.kind == "none":
             return {}
         if self.gan is not None:
-            return self._adversarial(self.gan, queries, keys)
+            return self._adversarial(self.gan, queries, keys, counts)
         examples = MatchedExamples.select(
             queries, keys, query_rows=query_rows, key_rows=key_rows, num_examples=num_examples
         )
@@ -100,27 +109,30 @@ class MatchingTerm(nn.Module):
             return self._conditional(self.transport, examples, counts)
         return self._per_example(examples, counts)
 
-    def _adversarial(self, gan: GanMatching, queries: Tensor, keys: Tensor) -> dict[str, LossTerm]:
+    def _adversarial(
+        self, gan: GanMatching, queries: Tensor, keys: Tensor, counts: PositionCounts
+    ) -> dict[str, LossTerm]:
+        """Means over all positions, times the supervised ones, by whose number the trainer divides."""
         sums = gan(queries, keys, weight=self.weight)
-        num_queries, num_keys = queries.shape[0], keys.shape[0]
+        queries_right, keys_right = sums.queries_right[: counts.queries].sum(), sums.keys_right[: counts.keys].sum()
         return {
             "gan_queries": LossTerm(
-                sums.query_loss,
-                num_queries,
+                sums.query_loss * (counts.queries / max(queries.shape[0], 1)),
+                counts.queries,
                 is_auxiliary=True,
-                metrics={"discriminator_query_accuracy": Ratio(sums.queries_right, num_queries)},
+                metrics={"discriminator_query_accuracy": Ratio(queries_right, counts.queries)},
             ),
             "gan_keys": LossTerm(
-                sums.key_loss,
-                num_keys,
+                sums.key_loss * (counts.keys / max(keys.shape[0], 1)),
+                counts.keys,
                 unit="teacher_tokens",
                 is_auxiliary=True,
-                metrics={"discriminator_key_accuracy": Ratio(sums.keys_right, num_keys)},
+                metrics={"discriminator_key_accuracy": Ratio(keys_right, counts.keys)},
             ),
         }
 
     def _conditional(
-        self, transport: ConditionalTransport, examples: MatchedExamples, counts: _Counts
+        self, transport: ConditionalTransport, examples: MatchedExamples, counts: PositionCounts
     ) -> dict[str, LossTerm]:
         sums = transport(examples, weight=self.weight)
         num_queries, num_keys = examples.num_queries.sum(), examples.num_keys.sum()
@@ -141,7 +153,7 @@ class MatchingTerm(nn.Module):
             ),
         }
 
-    def _per_example(self, examples: MatchedExamples, counts: _Counts) -> dict[str, LossTerm]:
+    def _per_example(self, examples: MatchedExamples, counts: PositionCounts) -> dict[str, LossTerm]:
         metrics = examples.diagnostics()
         if self.kind == "sinkhorn":
             values, errors = self._sinkhorn(examples)

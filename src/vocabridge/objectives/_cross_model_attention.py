@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from vocabridge.alignment import shared_vocabulary
 from vocabridge.errors import UserError
-from vocabridge.losses.cross_attention import CrossAttention, Padding, position_distance
+from vocabridge.losses.cross_attention import CrossAttention, Padding, position_distance, scalar_std
 from vocabridge.losses.distances import distribution_report
 from vocabridge.losses.procrustes import orthogonal_map, unit_centred
-from vocabridge.models.forward import SupervisedTokens, supervised_tokens
+from vocabridge.models.forward import SideForward, SupervisedTokens, supervised_tokens
 from vocabridge.objectives._dual_space import DualSpace, embed, scaled
 from vocabridge.objectives.base import ObjectiveSetup
 from vocabridge.objectives.config import CrossAttentionConfig
@@ -28,7 +28,10 @@ from vocabridge.pairs import PairBatch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QueryKeys:
-    """Both sides of the attention of one micro-batch, packed over supervised positions."""
+    """Both sides of the attention of one micro-batch, packed over supervised positions.
+
+    For a matching term over all positions, the others follow behind the supervised ones of all examples.
+    """
 
     inputs: Tensor
     """``[N, 2d]`` constants that the queries are a linear map of."""
@@ -132,6 +135,40 @@ class CrossModelAttention(DualSpace):
             return _token_pairs(tokens, embedding, self.teacher_center)
         return scaled(_token_pairs(tokens, embedding, None), tokens.rows, num_examples, config=self.config)
 
+    def with_unsupervised(
+        self, sides: QueryKeys, student: SideForward, teacher: SideForward, *, batch: PairBatch
+    ) -> QueryKeys:
+        """The same with the positions of prompt and padding, which the published code all reads as token id 0, twice.
+
+        Their keys are scaled as those of their example are, so that nothing else changes.
+        """
+        query_rows = _unsupervised_rows(sides.query_rows, batch["labels"])
+        key_rows = _unsupervised_rows(sides.key_rows, batch["teacher_labels"])
+        centers = (self.student_center, self.teacher_center) if self.closed_form else (None, None)
+        is_scaled = self.config.query_normalize == "scalar"
+        blank_inputs = self._blanks(student, sides.num_examples, center=centers[0], is_scaled=is_scaled)
+        blank_keys = self._blanks(teacher, sides.num_examples, center=centers[1], is_scaled=not self.closed_form)
+        inputs = torch.cat([sides.inputs, blank_inputs[query_rows]])
+        return QueryKeys(
+            inputs=inputs,
+            queries=self.queries(inputs),
+            keys=torch.cat([sides.keys, blank_keys[key_rows]]),
+            query_rows=torch.cat([sides.query_rows, query_rows]),
+            key_rows=torch.cat([sides.key_rows, key_rows]),
+            num_examples=sides.num_examples,
+        )
+
+    def _blanks(self, side: SideForward, num_examples: int, *, center: Tensor | None, is_scaled: bool) -> Tensor:
+        """``[B, 2F]``: token id 0 as input and label, as it looks in each example."""
+        nothing = side.rows.new_zeros(num_examples)
+        blanks = _token_pairs(SupervisedTokens(nothing, nothing, nothing), side.embedding, center)
+        if not is_scaled:
+            return blanks
+        pairs = _token_pairs(side.tokens, side.embedding, center)
+        rows = side.rows if self.config.statistics == "example" else None
+        std = scalar_std(pairs, rows, num_examples).clamp(min=1e-6).expand(len(pairs), 1)
+        return blanks / torch.ones_like(blanks[:, :1]).index_put((side.rows,), std)
+
     def attend(
         self, sides: QueryKeys, *, allowed: Tensor | None = None, position_weight: float = 0.0
     ) -> CrossAttention:
@@ -164,3 +201,10 @@ def _token_pairs(tokens: SupervisedTokens, embedding: nn.Module, center: Tensor 
     if center is not None:
         parts = [unit_centred(part, center.to(part.dtype)) for part in parts]
     return torch.cat(parts, dim=-1)
+
+
+def _unsupervised_rows(supervised_rows: Tensor, labels: Tensor) -> Tensor:
+    """``[n]`` example of each position of the padded batch without a label, of L - 1; ``labels [B, L]`` unshifted."""
+    num_examples, length = labels.shape
+    counts = length - 1 - torch.bincount(supervised_rows, minlength=num_examples)
+    return torch.arange(num_examples, device=counts.device).repeat_interleave(counts)

@@ -23,7 +23,8 @@ What we do differently, and why:
   of a token apart; on SmolLM2-135M and Gemma-3-270M the closed-form start finds the partner of 83 % of exact pairs,
   with position_weight 0.5 of 98 %. With a random start and its flat scale the position term does nothing.
 - sd is taken per example (``statistics: example``), so gradient accumulation is exact; ``batch`` is the published form.
-- Padding and prompts never enter an attention, a statistic or the matching term.
+- Padding and prompts never enter an attention, a statistic or the matching term (``gan.positions: all`` lets them into
+  the latter, as published).
 - No T^2 factor on divergences and no gradient into W through z_ts, as published.
 - The published adaptive divergence applies its temperatures twice; here once.
 """
@@ -42,7 +43,7 @@ from vocabridge.losses.chunk_rows import chunk_rows
 from vocabridge.losses.cross_attention import CrossAttention, same_chunk
 from vocabridge.matching.config import GanConfig, Matching, TransportConfig, check_matching_settings
 from vocabridge.matching.gradient_meter import GradientMeter
-from vocabridge.matching.term import MatchingTerm
+from vocabridge.matching.term import MatchingTerm, PositionCounts
 from vocabridge.objectives._cross_model_attention import CrossModelAttention, QueryKeys, distances
 from vocabridge.objectives._dual_space import teacher_values
 from vocabridge.objectives.base import ForwardPair, LossTerm, ObjectiveSetup, Ratio, require_teacher
@@ -152,12 +153,16 @@ class DskdCma(CrossModelAttention):
             terms["exact_pairs"] = LossTerm(
                 exact.total, student.labels.shape[0], weight=self.config.exact_pair_weight, is_auxiliary=True
             )
+        matched = sides
+        if self.config.gan.positions == "all":
+            matched = self.with_unsupervised(sides, student, teacher, batch=batch)
         return terms | self.matching(
-            self.meter.watch(sides.queries, sides.inputs, "matching"),
-            sides.keys,
-            query_rows=student.rows,
-            key_rows=teacher.rows,
+            self.meter.watch(matched.queries, matched.inputs, "matching"),
+            matched.keys,
+            query_rows=matched.query_rows,
+            key_rows=matched.key_rows,
             num_examples=num_examples,
+            supervised=PositionCounts(len(student.labels), len(teacher.labels)),
         )
 
 
