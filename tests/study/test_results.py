@@ -234,6 +234,11 @@ def test_nothing_is_known_before_the_first_run(plan: StudyPlan) -> None:
     parts = estimate(plan, statuses(plan))
     assert {(part.seconds_per_run, part.seconds_left, part.bytes_left) for part in parts} == {(None, None, None)}
     assert total_seconds(parts, 1) is None
+    console = Console(width=250)
+    with console.capture() as capture:
+        console.print(plan_table(plan, statuses(plan), jobs=1))
+    for expected in ("left: unknown, unknown of", "known once one run is done"):
+        assert expected in capture.get()
 
 
 def test_time_from_the_step_times_of_finished_runs(plan: StudyPlan) -> None:

@@ -20,8 +20,8 @@ class GanConfig(Settings):
     train_discriminator: bool = True
     """False freezes it at its random start, which is what the published code does; for ablations only."""
     positions: Literal["supervised", "all"] = "supervised"
-    """``all`` adds prompt and padding of both sides as the published code does, to which each such position is token id 0;
-    for ablations only: the term then depends on how rows are padded."""
+    """``all`` adds prompt and padding of both sides as the published code does, to which each such position is token id
+    0; for ablations only: the term then depends on how rows are padded."""
     updates: Literal["reversal", "alternating"] = "reversal"
     """``reversal``: one backward trains both sides; ``alternating``: each step belongs to one of them."""
     discriminator_steps: int = Field(1, ge=1)

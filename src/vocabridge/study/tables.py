@@ -41,7 +41,10 @@ def plan_table(plan: StudyPlan, statuses: Mapping[PlannedRun, RunStatus], *, job
     total = gigabytes(sum(known) if len(known) == len(left) else None)
     with_jobs = f" with {jobs} processes" if jobs > 1 else ""
     free = gigabytes(_free_bytes(plan.folder))
-    table.caption = f"left: {duration(total_seconds(parts, jobs))}{with_jobs}, {total} of {free} free"
+    seconds = total_seconds(parts, jobs)
+    table.caption = f"left: {duration(seconds)}{with_jobs}, {total} of {free} free"
+    if seconds is None:
+        table.caption += "; time and disk are known once one run is done without being killed"
     return table
 
 
