@@ -32,12 +32,23 @@ LAYERS: list[set[str]] = [
     {"analysis"},
     {"run", "generate_data", "cache_teacher"},
     {"study"},
+    {"report"},
     {"cli", "__main__"},
     {""},  # the package itself: public names
 ]
 """Lowest first; a module may import its own layer and those below it."""
 
-TORCH_FREE = ("recipe", "cli", "text", "alignment", "models.spec", "objectives", "matching.config", "settings")
+TORCH_FREE = (
+    "recipe",
+    "cli",
+    "text",
+    "alignment",
+    "models.spec",
+    "objectives",
+    "matching.config",
+    "settings",
+    "report.page",
+)
 SLOW = ("torch", "transformers", "datasets", "numpy", "peft", "sklearn")
 
 

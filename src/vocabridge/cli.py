@@ -330,6 +330,32 @@ def study(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    study: Annotated[
+        Path, typer.Argument(metavar="STUDY", help="Study file, a study's folder, or the folder of a single run.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Default: report.html in the study's or the run's folder.", show_default=False)
+    ] = None,
+) -> None:
+    """Show a study or a run, as far as it is, on one HTML page that needs no network."""
+    from vocabridge.evaluation.run_folder import write_in_one_piece
+    from vocabridge.report.collect import collect
+    from vocabridge.report.page import render_page
+
+    found = collect(study)
+    path = output or found.folder / "report.html"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_in_one_piece(path, render_page(found))
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written: {error.strerror}.") from error
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
 @app.command("generate-data", cls=_ListCommand)
 def generate_data(
     teacher: Annotated[str, typer.Argument(help="Run folder, checkpoint folder, hub id or .gguf file.")],
