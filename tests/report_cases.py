@@ -13,6 +13,7 @@ import yaml
 
 from study_cases import BASE, STUDY, finish
 from vocabridge.study.plan import PlannedRun, StudyPlan, load_study
+from vocabridge.study.results import study_results
 from vocabridge.study.status import RunStatus, recipe_fingerprint, write_status
 
 HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=1><b>&amp;\u2028"
@@ -59,6 +60,14 @@ def partial_study(folder: Path) -> Path:
     return path
 
 
+def bare_run(folder: Path) -> Path:
+    """A run folder with a log and nothing else; markup in its name."""
+    run = folder / "<b>run&amp;"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"loss": 3.0, "step": 5}\n', encoding="utf-8")
+    return run
+
+
 def finish_run(run: PlannedRun) -> None:
     """Scores, log, record, recipe and analysis of one run."""
     generator = random.Random(f"{run.variant} {run.seed}")
@@ -68,14 +77,14 @@ def finish_run(run: PlannedRun) -> None:
         for name in ("test", "other")
     }
     finish(run, answers, bits=1.2 - _GAIN[run.variant])
-    write_run(run.folder, seed=run.seed, attends=run.variant != "sft")
+    write_run(run.folder, seed=run.seed, attends=run.variant != "sft", lift=40 * _GAIN[run.variant])
     (run.folder / "recipe.yaml").write_text(run.recipe.resolved_yaml(), encoding="utf-8")
 
 
-def write_run(folder: Path, *, seed: int, attends: bool = True) -> None:
+def write_run(folder: Path, *, seed: int, attends: bool = True, lift: float = 0.0) -> None:
     """Log and record of a run, and its analysis where its objective attends."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(entry) + "\n" for entry in log_entries(seed, attends=attends))
+    lines = "".join(json.dumps(entry) + "\n" for entry in log_entries(seed, attends=attends, lift=lift))
     (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     write_json(folder / "run.json", run_record(seed))
     if attends:
@@ -84,11 +93,11 @@ def write_run(folder: Path, *, seed: int, attends: bool = True) -> None:
         write_json(folder / "analysis" / "points.json", points(seed))
 
 
-def log_entries(seed: int, *, attends: bool) -> Iterator[dict[str, float]]:
+def log_entries(seed: int, *, attends: bool, lift: float = 0.0) -> Iterator[dict[str, float]]:
     """Losses every 5 steps, distances every 20."""
     generator = random.Random(seed)
     for step in range(0, STEPS + 1, 5):
-        fall = math.exp(-step / 30)
+        fall = math.exp(-step / 30) + lift / 10
         if attends and step % 20 == 0:
             yield {
                 "probe/mmd_squared": 0.2 * fall + 0.01 * generator.random(),
@@ -145,6 +154,7 @@ def heatmaps(*, long: int = 90) -> dict[str, Any]:
     names = [f"tok{index}" for index in range(long)]
     wide = {"name": "example 2", "student": names, "teacher": names}
     wide |= {"student_chunks": list(range(long)), "teacher_chunks": list(range(long))}
+    wide |= {"chosen": "least in chunk", "mass_in_chunk": {"before": 0.25, "after": None}, "student_tokens": 300}
     diagonal = [[row, row, 0.9] for row in range(long)]
     wide["attentions"] = {"before": [[row, 0, 0.3] for row in range(long)], "after": diagonal}
     return {"examples": [short, wide]}
@@ -206,8 +216,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def hostile_study(folder: Path) -> Path:
     """A study's folder in which every text is :data:`HOSTILE`, variant names and log names included."""
     plan = load_study(finished_study(folder))
-    from vocabridge.study.results import study_results
-
     record = json.loads(json.dumps(study_results(plan).to_dict()))
     record["study"] = HOSTILE
     _rename(record, plan)

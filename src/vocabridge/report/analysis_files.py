@@ -61,6 +61,12 @@ class HeatmapExample(_Record):
     student_chunks: tuple[int, ...]
     teacher_chunks: tuple[int, ...]
     attentions: dict[str, tuple[tuple[int, int, float], ...]]
+    chosen: str = ""
+    """Why this one."""
+    mass_in_chunk: dict[str, float | None] = {}
+    """Of each attention over the whole response."""
+    student_tokens: int | None = None
+    """Of the whole response, where only its beginning is here."""
 
 
 class Heatmaps(_Record):

@@ -148,23 +148,16 @@ def _report(source: Path, folder: Path, record: StudyRecord) -> Report:
 def _run_report(folder: Path) -> Report:
     reader = Reader()
     name = folder.absolute().name
-    facts = reader.mapping(folder / "run.json") or {}
-    seed = facts.get("seed")
-    record = RunRecord(
-        variant=name,
-        seed=seed if isinstance(seed, int) else 0,
-        folder=str(folder),
-        objective=str(facts.get("objective", "unknown")),
-        state="unfinished",
-    )
-    run = _run(record, folder, reader)
+    unknown = RunRecord(variant=name, seed=0, folder=str(folder), objective="unknown", state="unfinished")
+    run = _run(unknown, folder, reader)
+    facts = run.environment or {}
+    record = unknown.model_copy(update={key: facts[key] for key in ("seed", "objective") if key in facts})
     if runtimes := run.log.get("train_runtime"):
         # A run that was resumed logs the time of its last part only, and does not say that there were others.
         steps, seconds = max(runtimes.items())
         record = record.model_copy(update={"state": "done", "steps": steps, "seconds": seconds})
-        run = replace(run, record=record)
     pair = reader.model(folder / PAIR_FILE, PairFile)
-    return Report(name, folder, folder, None, (run,), pair, tuple(reader.notes))
+    return Report(name, folder, folder, None, (replace(run, record=record),), pair, tuple(reader.notes))
 
 
 def _run(record: RunRecord, folder: Path, reader: Reader) -> Run:

@@ -81,6 +81,8 @@ def curve_figure(
     layout = _layout(x="optimizer step", y=unit)
     if log_scale:
         layout["yaxis"] |= {"type": "log", "dtick": 1}
+    if unit == "share":
+        layout["yaxis"] |= {"range": [-0.03, 1.03]}
     return {"data": traces, "layout": layout}
 
 
@@ -244,7 +246,7 @@ def _layout(*, x: str, y: str) -> dict[str, Any]:
     return {
         "width": _WIDTH,
         "height": _HEIGHT,
-        "margin": {"l": 54, "r": 8, "t": 8, "b": 40},
+        "margin": {"l": 54, "r": 8, "t": 20, "b": 40},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"size": 11},

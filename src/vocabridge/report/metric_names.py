@@ -74,7 +74,12 @@ def _unit(last: str, prefix: str) -> str:
         return "share"
     if last.endswith(_NATS) or last in ("loss", "eval_loss") or prefix.endswith("loss"):
         return "nats"
-    return "learning rate" if last == "learning_rate" else "value"
+    units = {"learning_rate": "learning rate", "mean_cosine": "cosine", "query_gradient_ratio": "ratio"}
+    if last in units:
+        return units[last]
+    if "norm" in last:
+        return "norm"
+    return "distance" if prefix.startswith("probe") else "value"
 
 
 def _place(prefix: str, last: str) -> Place:

@@ -16,6 +16,10 @@ MAX_HEATMAP_CHARS = 1_200_000
 """Of all heatmaps together as JSON, so that a page stays below a few megabytes."""
 MAX_CLOUDS = 12
 
+_CLOUD_CAPTION = (
+    "First two principal axes of all points together. Blue circles: queries (student); orange diamonds: keys (teacher)."
+)
+
 _ALL = "all"
 _MEASURES = {
     "mass_in_chunk": "attention in chunk",
@@ -24,6 +28,7 @@ _MEASURES = {
     "top1_distance_bytes": "top-1 distance, bytes",
     "entropy": "entropy, nats",
 }
+_MAIN_MEASURES = ("mass_in_chunk", "top1_in_chunk")
 _ATTENTIONS = {
     "uniform": "uniform: knows nothing",
     "before": "before training",
@@ -35,12 +40,20 @@ _ATTENTIONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeTables:
-    """One run's tables: all positions, and for folding out every group of positions."""
+class ProbeDetails:
+    """One run: every attention on all positions, and on every group of positions."""
 
     title: str
     overall: Table
     groups: Table
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeTables:
+    """A line a run, and the details of each."""
+
+    runs: Table
+    details: tuple[ProbeDetails, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,32 +64,54 @@ class HeatmapBrowser:
     left_out: tuple[str, ...]
 
 
-def probe_tables(report: Report) -> list[ProbeTables]:
-    """The probe's tables of every run that was analysed."""
-    return [_tables(run.title, run.analysis.probe) for run in report.runs if run.analysis.probe is not None]
+def probe_tables(report: Report) -> ProbeTables | None:
+    """Tables of all runs that were analysed; None without one."""
+    probes = {run.title: run.analysis.probe for run in report.runs if run.analysis.probe is not None}
+    if not probes:
+        return None
+    headings = ["run"]
+    for measure in _MAIN_MEASURES:
+        headings += [f"{_measure(measure)}: before", "after", "change"]
+    rows = [
+        (words(title), *(cell for measure in _MAIN_MEASURES for cell in _before_after(probe, measure)))
+        for title, probe in probes.items()
+    ]
+    first = next(iter(probes.values()))
+    caption = f"All positions, before and after training; {first.confidence:.0%} intervals over responses"
+    details = tuple(_details(title, probe) for title, probe in probes.items())
+    return ProbeTables(Table(caption, tuple(headings), tuple(rows)), details)
 
 
-def _tables(title: str, probe: Probe) -> ProbeTables:
-    overall = [(_attention(each.attention), each) for each in probe.results if each.grouping == _ALL]
-    about = f"{probe.examples} responses of {probe.data}; {probe.confidence:.0%} intervals over responses"
+def _before_after(probe: Probe, measure: str) -> tuple[Cell, Cell, Cell]:
+    overall = {each.attention: each.measures.get(measure) for each in probe.results if each.grouping == _ALL}
+    change = next((each.measures.get(measure) for each in probe.changes if each.grouping == _ALL), None)
+    before, after = (_estimate(overall.get(attention), "{:.3f}") for attention in ("before", "after"))
+    return before, after, _estimate(change, "{:+.3f}")
+
+
+def _details(title: str, probe: Probe) -> ProbeDetails:
     names = _measure_names(probe)
-    rows = [(words(words_for), *_cells(each, names)) for words_for, each in overall]
-    rows += [
-        (words("change (after less before)"), MISSING, MISSING, *_estimates(each, names, signed=True))
+    measures = tuple(_measure(name) for name in names)
+    overall = [
+        (words(_attention(each.attention)), *_cells(each, names)) for each in probe.results if each.grouping == _ALL
+    ]
+    overall += [
+        (words("change: after less before"), MISSING, MISSING, *_estimates(each, names, signed=True))
         for each in probe.changes
         if each.grouping == _ALL
     ]
-    headings = ("attention", "positions", "coverage", *(_measure(name) for name in names))
     groups = [
         (words(each.grouping), words(each.group), words(_attention(each.attention)), *_cells(each, names))
         for each in probe.results
         if each.grouping != _ALL
     ]
-    group_headings = ("by", "group", "attention", "positions", "coverage", *(_measure(name) for name in names))
-    return ProbeTables(
+    about = f"All positions of {probe.examples} responses from {probe.data}"
+    return ProbeDetails(
         title=title,
-        overall=Table(f"{title}: all positions. {about}.", headings, tuple(rows)),
-        groups=Table(f"{title}: by kind of position", group_headings, tuple(groups)),
+        overall=Table(about, ("attention", "positions", "coverage", *measures), tuple(overall)),
+        groups=Table(
+            "By kind of position", ("by", "group", "attention", "positions", "coverage", *measures), tuple(groups)
+        ),
     )
 
 
@@ -116,10 +151,7 @@ def cloud_charts(report: Report) -> list[Chart]:
     charts: list[Chart] = []
     for run in _by_turns(report):
         if run.analysis.points is not None and len(charts) < MAX_CLOUDS:
-            caption = (
-                "First two principal axes of all points together. Circles: queries (student); diamonds: keys (teacher)."
-            )
-            charts.append(Chart(f"cloud-{run.title}", run.title, caption, cloud_figure(run.analysis.points)))
+            charts.append(Chart(f"cloud-{run.title}", run.title, _CLOUD_CAPTION, cloud_figure(run.analysis.points)))
     return charts
 
 
@@ -148,16 +180,32 @@ def _by_turns(report: Report) -> Iterator[Run]:
 
 
 def _example(example: HeatmapExample) -> dict[str, Any]:
+    chosen = f" ({example.chosen})" if example.chosen else ""
     return {
-        "name": example.name,
+        "name": example.name + chosen,
+        "note": _cut_note(example),
         "student": example.student,
         "teacher": example.teacher,
         "studentChunks": example.student_chunks,
         "teacherChunks": example.teacher_chunks,
         "attentions": [
-            {"name": _attention(name), "cells": list(_flat(cells))} for name, cells in example.attentions.items()
+            {"name": _with_mass(name, example), "cells": list(_flat(cells))}
+            for name, cells in example.attentions.items()
         ],
     }
+
+
+def _with_mass(attention: str, example: HeatmapExample) -> str:
+    mass = example.mass_in_chunk.get(attention)
+    return _attention(attention) + ("" if mass is None else f", {mass:.2f} in chunk")
+
+
+def _cut_note(example: HeatmapExample) -> str:
+    """Says so where a response is longer than what is shown."""
+    shown, all_tokens = len(example.student), example.student_tokens
+    if all_tokens is None or all_tokens <= shown:
+        return ""
+    return f"The first {shown} of the response's {all_tokens} student tokens; the pictures in the run folder have all."
 
 
 def _flat(cells: Iterable[tuple[int, int, float]]) -> Iterator[int]:

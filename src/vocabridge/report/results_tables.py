@@ -15,7 +15,7 @@ from .wording import ALPHA, METRIC_TITLES, digits, p_value, scope_title
 _UNITS: Mapping[Metric, str] = {
     "rouge_l": "ROUGE-L points",
     "exact_match": "percentage points",
-    "bits_per_byte": "bits per byte (less is better)",
+    "bits_per_byte": "bits per byte",
 }
 
 

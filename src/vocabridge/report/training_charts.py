@@ -13,6 +13,7 @@ from .figures import LineStyle, VariantCurves, curve_figure
 from .metric_names import MetricName, metric_name
 from .view import MISSING, Cell, Chart, Table, number, words
 
+_LOG_SCALE_FROM = 20  # so that at least one power of ten lies between the ends
 _FIRST = ("loss", "cross_entropy", "eval_loss", "student_accuracy")
 
 
@@ -67,8 +68,12 @@ def _chart(report: Report, metric: MetricName, styles: dict[str, LineStyle]) -> 
     if not parts:
         return None
     drawn = [value for part in parts for curve in part.seeds.values() for value in curve.values]
-    figure = curve_figure(parts, styles, unit=metric.unit, log_scale=metric.log_scale and min(drawn) > 0)
+    figure = curve_figure(parts, styles, unit=metric.unit, log_scale=metric.log_scale and _spans_decades(drawn))
     return Chart(f"curve-{metric.name}", metric.title, metric.name, figure)
+
+
+def _spans_decades(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) / min(values) > _LOG_SCALE_FROM
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

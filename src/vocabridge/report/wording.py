@@ -119,9 +119,9 @@ def sentence(comparison: ComparisonRecord, baseline: str, power: Power) -> Sente
     """One comparison; better or worse only where the corrected test over training seeds says so."""
     metric, places = comparison.metric, digits(comparison.metric)
     where = "in domain" if comparison.domain == "in" else "out of domain"
-    facts = [_count(len(comparison.seeds), "seed"), f"p = {p_value(comparison.seeds_p_holm)}"]
+    facts = [_count(len(comparison.seeds), "seed"), f"p {p_value(comparison.seeds_p_holm, sign=True)}"]
     if comparison.seeds_low is not None:
-        facts.append(f"95 % interval {comparison.seeds_low:+.{places}f} to {comparison.seeds_high:+.{places}f}")
+        facts.append(f"95\u00a0% interval {comparison.seeds_low:+.{places}f} to {comparison.seeds_high:+.{places}f}")
     stated = ", ".join(facts)
     title, size = METRIC_TITLES[metric], f"{abs(comparison.difference):.{places}f}{_UNITS[metric]}"
     if comparison.seeds_p_holm < ALPHA:
@@ -144,22 +144,25 @@ def _what_would_tell(comparison: ComparisonRecord, power: Power) -> str:
     if comparison.seeds_smallest_p > ALPHA:
         added += f" So few seeds cannot give a p below {comparison.seeds_smallest_p:.3g}."
     if comparison.examples_p_holm is not None and comparison.examples_p_holm < ALPHA:
+        sure = p_value(comparison.examples_p_holm, sign=True)
         added += (
-            f" These trained models do differ on other prompts of this kind (p = {p_value(comparison.examples_p_holm)}"
-            " over examples), which says nothing about another training."
+            f" These trained models do differ on other prompts of this kind (p {sure} over examples), which says "
+            "nothing about another training."
         )
     if comparison.seeds_needed is not None:
         added += f" A difference of {power.difference:g} would need {_count(comparison.seeds_needed, 'seed')}."
     return added
 
 
-def p_value(value: float) -> str:
-    """A p-value as papers have it.
+def p_value(value: float, *, sign: bool = False) -> str:
+    """A p-value as papers have it; with ``sign`` to follow the letter p.
 
-    >>> p_value(0.0312), p_value(0.00001)
-    ('0.031', '< 0.001')
+    >>> p_value(0.0312), p_value(0.00001), p_value(0.0312, sign=True)
+    ('0.031', '< 0.001', '= 0.031')
     """
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    if value < 0.001:
+        return "< 0.001"
+    return f"= {value:.3f}" if sign else f"{value:.3f}"
 
 
 def plain(value: Any) -> str:

@@ -37,6 +37,7 @@ class HeatmapBrowser {
 
   chooseExample() {
     const fresh = this.selects.attention.length === 0;
+    document.getElementById("heatmap-note").textContent = this.example.note;
     this.fill(this.selects.attention, this.example.attentions.map((attention) => attention.name));
     if (fresh) this.selects.attention.selectedIndex = this.example.attentions.length - 1;
     this.cursor = null;
@@ -59,6 +60,8 @@ class HeatmapBrowser {
 
   draw() {
     const { student, teacher } = this.example;
+    const chosen = Object.values(this.selects).map((select) => select.selectedOptions[0].textContent);
+    document.getElementById("heatmap-title").textContent = chosen.join("; ");
     const size = this.size;
     this.weights = new Map();
     const cells = this.attention.cells;
@@ -132,7 +135,7 @@ class HeatmapBrowser {
     this.rows[row].classList.add("here");
     this.columns[column].classList.add("here");
     const weight = this.weights.get(row * teacher.length + column);
-    const amount = weight === undefined ? "below 0.005" : (weight / 1000).toFixed(3);
+    const amount = weight === undefined ? "not drawn (small)" : (weight / 1000).toFixed(3);
     const where = this.isInside(row, column) ? "inside the chunk" : "outside the chunk";
     this.readout.textContent =
       `student ${row + 1} \u201c${student[row]}\u201d \u2192 teacher ${column + 1} \u201c${teacher[column]}\u201d: ${amount}, ${where}`;

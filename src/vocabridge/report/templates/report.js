@@ -56,7 +56,8 @@ const charts = {
   config: {
     displaylogo: false,
     responsive: false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d", "pan2d"],
+    displayModeBar: "hover",
+    modeBarButtons: [["toImage", "resetScale2d"]], // by default there is one that sends the chart's data to a server
   },
 
   async loadPlotly() {
@@ -71,7 +72,7 @@ const charts = {
 
   isShown(trace) {
     if (!trace.meta || trace.meta.variant === undefined) return true;
-    return this.variants.get(trace.meta.variant) && (!trace.meta.seed || this.seeds.checked);
+    return this.variants.get(trace.meta.variant) !== false && !(trace.meta.seed && this.seeds && !this.seeds.checked);
   },
 
   draw(place) {
@@ -116,6 +117,7 @@ const charts = {
       const place = document.getElementById("cloud");
       clouds.addEventListener("change", () => {
         place.dataset.figure = clouds.value;
+        document.getElementById("cloud-title").textContent = clouds.selectedOptions[0].textContent;
         this.draw(place);
       });
     }
