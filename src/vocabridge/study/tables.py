@@ -27,25 +27,29 @@ def plan_table(plan: StudyPlan, statuses: Mapping[PlannedRun, RunStatus], *, job
     table.add_column("variant", overflow="fold")
     for heading in ("objective", "runs"):
         table.add_column(heading)
-    for heading in ("time a run", "time left", "disk a run", "disk left"):
+    for heading in ("a run", "left"):
         table.add_column(heading, justify="right", no_wrap=True)
     objectives = {run.variant: run.recipe.objective.name for run in plan.runs}
     for part in parts:
         name = f"{escape(part.variant)} (baseline)" if part.variant == plan.baseline else escape(part.variant)
         states = ", ".join(f"{count} {state}" for state, count in Counter(part.states.values()).items())
-        times = (duration(part.seconds_per_run), duration(part.seconds_left))
-        sizes = (gigabytes(part.bytes_per_run), gigabytes(part.bytes_left))
-        table.add_row(name, escape(objectives[part.variant]), states, *times, *sizes)
+        costs = _cost(part.seconds_per_run, part.bytes_per_run), _cost(part.seconds_left, part.bytes_left)
+        table.add_row(name, escape(objectives[part.variant]), states, *costs)
     left = [part.bytes_left for part in parts]
     known = [value for value in left if value is not None]
     total = gigabytes(sum(known) if len(known) == len(left) else None)
     with_jobs = f" with {jobs} processes" if jobs > 1 else ""
     free = gigabytes(_free_bytes(plan.folder))
     seconds = total_seconds(parts, jobs)
-    table.caption = f"left: {duration(seconds)}{with_jobs}, {total} of {free} free"
-    if seconds is None:
-        table.caption += "; time and disk are known once one run is done without being killed"
+    left_over = "unknown until a run is done" if seconds is None else f"{duration(seconds)}{with_jobs}, {total}"
+    table.caption = f"left: {left_over}; {free} free"
     return table
+
+
+def _cost(seconds: float | None, num_bytes: float | None) -> str:
+    """Time and disk: ``10 min, 5 MB``."""
+    parts = dict.fromkeys((duration(seconds), gigabytes(num_bytes)))
+    return ", ".join(parts)
 
 
 def unfinished_lines(statuses: Mapping[PlannedRun, RunStatus]) -> list[str]:
