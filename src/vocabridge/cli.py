@@ -261,28 +261,33 @@ def evaluate(
 
 @app.command()
 def analyze(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished dskd_cma or dskd_cla run.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of finished dskd_cma or dskd_cla runs.")
+    ],
     data: Annotated[str, typer.Option(help="JSONL file, datasets folder or hub id whose responses are looked at.")],
     limit: Annotated[int, typer.Option(min=1, help="First examples only.")] = 256,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for JSON and pictures. Default: RUN/analysis", show_default=False)
+        Path | None,
+        typer.Option(help="Folder for JSON and pictures of one run. Default: RUN/analysis", show_default=False),
     ] = None,
 ) -> None:
-    """Compare a run's cross-model attention with the byte-exact chunks, before and after training."""
-    from vocabridge.analysis.analyze import analyze_run
-    from vocabridge.analysis.probe import render_probe
+    """Compare the cross-model attention of runs with the byte-exact chunks, before and after training."""
+    from vocabridge.analysis.analyze import analyze_runs
+    from vocabridge.analysis.tables import render_comparison, render_probe
     from vocabridge.analysis.training_distances import render_distances
 
     try:
-        analysis = analyze_run(run, data, output_dir=output, limit=limit, progress=True)
+        analyses = analyze_runs(runs, data, output_dir=output, limit=limit, progress=True)
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; the run in hand was not written", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     console = Console()
-    console.print(render_probe(analysis.probe))
-    if analysis.distances.rows:
-        console.print(render_distances(analysis.distances))
-    print(f"JSON, heatmaps and point cloud: {analysis.folder}")
+    for analysis in analyses:
+        console.print(render_probe(analysis.probe))
+        console.print(render_distances(analysis.distances, analysis.data_distances))
+        print(f"JSON, heatmaps and point cloud: {analysis.folder}")
+    if len(analyses) > 1:
+        console.print(render_comparison([(analysis.probe, analysis.data_distances) for analysis in analyses]))
 
 
 @app.command()

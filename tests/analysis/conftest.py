@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tiny_pair import ROWS, student_model, teacher_model
+from vocabridge.matching.config import Matching
 from vocabridge.recipe import recipe_from_values
 from vocabridge.run import distill
 
@@ -24,6 +25,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "composed": {"terms": [{"name": "cross_entropy"}, {"name": "uld"}, {"name": "dskd_cla", "query_start": "random"}]},
     "uld": {"name": "uld"},
     "lora": {"name": "dskd_cma", "matching": "none", "matching_weight": 0},
+    **{
+        kind: {"name": "dskd_cma", "matching": kind, "matching_weight": 0 if kind == "none" else 0.1}
+        for kind in get_args(Matching)
+    },
 }
 STUDENTS: dict[str, dict[str, Any]] = {"lora": {"lora": {"r": 4}, "dtype": "float32"}}
 

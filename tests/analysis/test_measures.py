@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 from random_example import random_example
+from scipy.spatial.distance import cdist
+from scipy.stats import entropy
 
 from vocabridge.analysis.attention import ExampleAttention, SideTokens
 from vocabridge.analysis.measures import CHUNK_TYPES, MEASURES, chunk_distances, group_order, measure, position_groups
@@ -53,6 +55,30 @@ def test_measures_are_those_of_loops_over_bytes(seed: int) -> None:
         slow = slow_distances(example, chunks[position])
         assert distances[chunks[position]].tolist() == slow
         assert measured[row].tolist() == pytest.approx(slow_measures(weights[position].tolist(), slow))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_measures_are_those_of_scipy_and_of_matrices(seed: int) -> None:
+    example = random_example(seed, num_segments=20)
+    weights, chunks = example.weights["before"], example.student.chunk_ids
+    positions = position_groups(example).positions
+    measured = measure(weights, example, positions)
+    one_hot = [side.chunk_ids[:, None] == np.arange(chunks.max() + 1) for side in (example.student, example.teacher)]
+    inside = (one_hot[0].astype(float) @ one_hot[1].T)[positions]
+    np.testing.assert_allclose(measured[:, 0], np.einsum("ij,ij->i", weights[positions], inside))
+    order = np.argsort(-weights[positions], axis=1)
+    np.testing.assert_array_equal(measured[:, 1], np.take_along_axis(inside, order, axis=1)[:, 0])
+    np.testing.assert_allclose(measured[:, 4], entropy(weights[positions], axis=1))
+    row = int(np.nonzero(chunks[positions] == 2)[0][0])
+    own = np.array(sorted(bytes_of(example, 2)))[:, None]
+    steps = np.array(
+        [
+            0.0 if chunk == 2 else cdist(own, np.arange(start, max(end, start + 1))[:, None]).min()
+            for (start, end), chunk in zip(example.teacher.spans, example.teacher.chunk_ids, strict=True)
+        ]
+    )
+    assert measured[row, 2] == pytest.approx(weights[positions[row]] @ steps)
+    assert measured[row, 3] == steps[order[row, 0]]
 
 
 def test_the_end_token_is_a_neighbour_of_the_last_byte() -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from random_example import random_example
 from rich.console import Console
+from scipy import stats
 
 from vocabridge.analysis.measures import MEASURES, measure, position_groups
-from vocabridge.analysis.probe import ALL, Bootstrap, ProbeReport, ProbeSource, probe, render_probe
+from vocabridge.analysis.probe import ALL, Bootstrap, ProbeReport, ProbeSource, probe
+from vocabridge.analysis.tables import render_probe
 from vocabridge.errors import UserError
 
 SOURCE = ProbeSource("runs/a", "dskd_cma", "data.jsonl")
@@ -71,6 +73,50 @@ def test_change_is_the_paired_difference(report: ProbeReport) -> None:
     assert (estimate.low, estimate.high) == (pytest.approx(low[0]), pytest.approx(high[0]))
 
 
+@pytest.mark.parametrize(("attention", "grouping"), [("after", "teacher label"), ("uniform", "teacher bigram")])
+def test_effect_of_repetition_is_the_difference_on_the_same_draws(
+    report: ProbeReport, attention: str, grouping: str
+) -> None:
+    (effect,) = (each for each in report.repetition if (each.attention, each.grouping) == (attention, grouping))
+    unique, repeated = (values_of(attention, grouping, group) for group in ("unique", "repeated"))
+    differences = []
+    for draw in Bootstrap(resamples=300, seed=3).draws(len(EXAMPLES)):
+        chosen = np.repeat(np.arange(len(EXAMPLES)), draw.astype(int))
+        drawn = [np.concatenate([part[index] for index in chosen]) for part in (unique, repeated)]
+        if all(map(len, drawn)):
+            differences.append(drawn[1].mean(0) - drawn[0].mean(0))
+    low, high = np.percentile(differences, [2.5, 97.5], axis=0)
+    for column, name in enumerate(MEASURES):
+        estimate = effect.measures[name]
+        expected = np.concatenate(repeated)[:, column].mean() - np.concatenate(unique)[:, column].mean()
+        assert estimate.mean == pytest.approx(expected)
+        assert (estimate.low, estimate.high) == (pytest.approx(low[column]), pytest.approx(high[column]))
+    assert {(each.attention, each.grouping) for each in report.repetition} == {
+        (name, kind) for name in EXAMPLES[0].weights for kind in ("teacher bigram", "teacher label")
+    }
+
+
+def test_intervals_are_those_of_scipy() -> None:
+    many = [random_example(seed, attends=0.8) for seed in range(40)]
+    values = [measure(each.weights["after"], each, position_groups(each).positions)[:, 0] for each in many]
+    sums, counts = (
+        np.array([np.nansum(each) for each in values]),
+        np.array([np.isfinite(each).sum() for each in values]),
+    )
+    expected = stats.bootstrap(
+        (sums, counts),
+        lambda total, count, axis=-1: total.sum(axis) / count.sum(axis),
+        paired=True,
+        method="percentile",
+        n_resamples=4000,
+        rng=1,
+    ).confidence_interval
+    found = probe(many, SOURCE, bootstrap=Bootstrap(resamples=4000)).result("after").measures["mass_in_chunk"]
+    width = expected.high - expected.low
+    assert found.low == pytest.approx(expected.low, abs=0.06 * width)
+    assert found.high == pytest.approx(expected.high, abs=0.06 * width)
+
+
 def test_groups_divide_all_positions(report: ProbeReport) -> None:
     for attention in ("uniform", "after", "eta"):
         for grouping in {each.grouping for each in report.results} - {ALL}:
@@ -118,7 +164,14 @@ def test_json_reads_back_and_table_shows_it(report: ProbeReport) -> None:
     text = console.export_text()
     estimate = report.result("after").measures["mass_in_chunk"]
     assert f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]" in text
-    for words in ("runs/a", "before training", "ETA", "chunk type n:m", "teacher bigram repeated", "after - before"):
+    for words in (
+        "runs/a",
+        "ETA bound",
+        "chunk type n:m",
+        "teacher bigram repeated",
+        "after - before",
+        "label: repeated - unique",
+    ):
         assert words in text
     with pytest.raises(KeyError):
         report.result("after", "position", "129+")

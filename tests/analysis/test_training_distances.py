@@ -6,12 +6,31 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from rich.console import Console
 
-from vocabridge.analysis.training_distances import DistanceTable, render_distances, training_distances
+from vocabridge.analysis.attention import AttentionReader
+from vocabridge.analysis.finished_run import load_finished_run
+from vocabridge.analysis.training_distances import (
+    DistanceRow,
+    DistanceTable,
+    StageDistances,
+    data_distances,
+    distances_json,
+    render_distances,
+    training_distances,
+)
 from vocabridge.errors import UserError
+from vocabridge.matching.config import Matching
+from vocabridge.pairs import tokenize_examples
+from vocabridge.text import read_examples
+
+NAMES = {
+    *("mmd_squared", "sliced_wasserstein", "energy_distance", "mean_cosine", "two_sample_accuracy"),
+    *(f"mmd_squared_x{factor}" for factor in ("0.25", "0.5", "1", "2", "4")),
+}
 
 
 def write(folder: Path, entries: list[dict[str, float]]) -> None:
@@ -21,10 +40,49 @@ def write(folder: Path, entries: list[dict[str, float]]) -> None:
 def test_rows_of_a_run(finished_run: Callable[[str], Path]) -> None:
     table = training_distances(finished_run("dskd_cla"))
     assert [row.step for row in table.rows] == [0, 3, 6]
-    names = {"mmd_squared", "sliced_wasserstein", "energy_distance", "mean_cosine", "two_sample_accuracy"}
-    assert names <= set(table.names)
-    assert all(names - {"two_sample_accuracy"} <= row.values.keys() for row in table.rows)
-    assert [entry["step"] for entry in json.loads(table.to_json())] == [0, 3, 6]
+    assert set(table.names) >= NAMES
+    assert all(row.values.keys() >= NAMES for row in table.rows)
+
+
+@pytest.mark.parametrize("matching", [name for name in get_args(Matching) if name != "gan"])
+def test_every_kind_of_matching_is_measured_at_the_start_on_the_way_and_at_the_end(
+    finished_run: Callable[[str], Path], matching: str
+) -> None:
+    """The run with ``gan`` is measured in the other tests."""
+    table = training_distances(finished_run(matching))
+    assert [row.step for row in table.rows] == [0, 3, 6]
+    assert all(row.values.keys() >= NAMES for row in table.rows)
+    assert table.rows[0].values != table.rows[-1].values
+
+
+def test_a_part_of_a_composition_is_called_as_it_is_alone(finished_run: Callable[[str], Path]) -> None:
+    folder = finished_run("composed")
+    run = load_finished_run(folder, str(folder.parent / "data.jsonl"))
+    table = training_distances(folder, part=run.part)
+    assert run.part == "dskd_cla"
+    assert set(table.names) == NAMES
+    assert [row.step for row in table.rows] == [0, 3, 6]
+
+
+def test_distances_on_the_probe_set_are_those_that_were_logged(finished_run: Callable[[str], Path]) -> None:
+    """The probe set is all of the data here, in another order."""
+    folder = finished_run("dskd_cma")
+    data = str(folder.parent / "data.jsonl")
+    run = load_finished_run(folder, data)
+    pairs = list(tokenize_examples(read_examples(data), run.pair_tokenizer))
+    found, logged = data_distances(AttentionReader(run).points(pairs)), training_distances(folder)
+    for values, row in ((found.before, logged.rows[0]), (found.after, logged.rows[-1])):
+        for name in NAMES - {"two_sample_accuracy", "sliced_wasserstein"}:  # they divide and project by order
+            assert values[name] == pytest.approx(row.values[name], rel=2e-3), name
+    assert found.before["energy_distance"] != pytest.approx(found.after["energy_distance"], rel=0.05)
+
+
+def test_json() -> None:
+    table = DistanceTable(("a",), (DistanceRow(0, {"a": 1.0}), DistanceRow(5, {"a": 2.0})))
+    found = json.loads(distances_json(table, StageDistances({"a": 3.0}, {"a": 4.0})))
+    assert found["training"] == [{"step": 0, "a": 1.0}, {"step": 5, "a": 2.0}]
+    assert found["data"] == {"before": {"a": 3.0}, "after": {"a": 4.0}}
+    assert found["bandwidth_factors"] == [0.25, 0.5, 1, 2, 4]
 
 
 def test_other_lines_are_left_out_and_the_later_measurement_counts(tmp_path: Path) -> None:
@@ -48,10 +106,14 @@ def test_broken_line(tmp_path: Path, line: str) -> None:
         training_distances(tmp_path)
 
 
-def test_table_shows_first_and_last_of_many(tmp_path: Path) -> None:
+def test_table_shows_first_and_last_of_many_steps_and_the_data(tmp_path: Path) -> None:
     write(tmp_path, [{"probe/a": step / 8, "step": step} for step in range(0, 1000, 10)])
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(render_distances(training_distances(tmp_path), most_rows=5))
+    data = StageDistances({"a": 0.625, "b_c": 77.0}, {"a": 0.125})
+    console.print(render_distances(training_distances(tmp_path), data, most_steps=3))
     shown = console.export_text()
-    assert "123.8" in shown
-    assert sum(line.startswith(("│", "|")) for line in shown.splitlines()) == 5
+    for words in ("step 0", "step 500", "step 990", "124", "0.625", "0.125", "b c", "77"):
+        assert words in shown
+    assert shown.count("step ") == 3
+    console.print(render_distances(DistanceTable((), ()), data))
+    assert "77" in console.export_text()

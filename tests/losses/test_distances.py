@@ -4,6 +4,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.optimize import linprog
+from scipy.spatial.distance import cdist, pdist
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.metrics.pairwise import cosine_similarity, rbf_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vocabridge.losses import distances
@@ -14,6 +18,7 @@ from vocabridge.losses.distances import (
     energy_distance,
     mean_cosine,
     mmd_squared,
+    mmd_squared_by_bandwidth,
     sliced_wasserstein,
 )
 
@@ -57,6 +62,34 @@ def test_mmd_takes_bandwidths_from_the_median_distance():
     assert mmd_squared(x * 1000, y * 1000).item() == pytest.approx(expected, rel=1e-9)
 
 
+def rbf_mmd(x, y, bandwidth):
+    gamma = 1 / (2 * bandwidth**2)
+    return rbf_kernel(x, x, gamma).mean() + rbf_kernel(y, y, gamma).mean() - 2 * rbf_kernel(x, y, gamma).mean()
+
+
+def test_mmd_is_that_of_scikit_learns_kernels():
+    x, y = sample(30), sample(21, shift=0.4, scale=2.0, seed=1)
+    expected = np.mean([rbf_mmd(x.numpy(), y.numpy(), bandwidth) for bandwidth in (0.5, 1.5, 3.0)])
+    assert mmd_squared(x, y, bandwidths=(0.5, 1.5, 3.0)).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_mmd_by_bandwidth_is_in_units_of_the_second_sample():
+    x, y = sample(7, shift=3.0), sample(12, scale=2.0, seed=1)
+    lengths = sorted(math.dist(a, b) for i, a in enumerate(y.tolist()) for b in y.tolist()[:i])
+    assert len(lengths) == 66
+    median = lengths[32]
+    factors = (0.25, 0.5, 1, 2, 4)
+    found = mmd_squared_by_bandwidth(x, y).tolist()
+    assert found == pytest.approx([loop_mmd(x.tolist(), y.tolist(), [median * factor]) for factor in factors], rel=1e-9)
+    assert median == pytest.approx(np.median(pdist(y.numpy())), rel=0.1)
+    assert found == pytest.approx([rbf_mmd(x.numpy(), y.numpy(), median * factor) for factor in factors], rel=1e-9)
+    # Far away in units of y nothing of x is left to see at the smaller bandwidths: the kernels have not grown with x.
+    far = mmd_squared_by_bandwidth(x + 1000, y)
+    near_itself = [rbf_kernel(x, gamma=1 / (2 * (median * f) ** 2)).mean() for f in factors]
+    of_y = [rbf_kernel(y, gamma=1 / (2 * (median * f) ** 2)).mean() for f in factors]
+    assert far.tolist() == pytest.approx(np.add(near_itself, of_y).tolist(), rel=1e-6)
+
+
 def test_default_bandwidths_are_bounded_in_cost(monkeypatch):
     seen, pdist = [], torch.pdist
     monkeypatch.setattr(torch, "pdist", lambda points: (seen.append(len(points)), pdist(points))[1])
@@ -74,6 +107,20 @@ def test_one_dimensional_wasserstein_matches_repeated_samples(n, m):
     sorted_y = np.sort(np.repeat(y.numpy().ravel(), common // m))
     expected = np.mean((sorted_x - sorted_y) ** 2)
     assert sliced(x, y, num_projections=3).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "m"), [(6, 6), (7, 4)])
+def test_sliced_wasserstein_is_the_cheapest_transport_along_each_direction(n, m):
+    x, y = sample(n, 3), sample(m, 3, shift=0.5, seed=1)
+    directions = torch.randn(3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    directions = (directions / directions.norm(dim=0)).numpy()
+    costs = []
+    for direction in directions.T:
+        squared = cdist((x.numpy() @ direction)[:, None], (y.numpy() @ direction)[:, None], "sqeuclidean")
+        rows, columns = np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))
+        weights = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
+        costs.append(linprog(squared.ravel(), A_eq=np.vstack([rows, columns]), b_eq=weights).fun)
+    assert sliced(x, y, num_projections=5).item() == pytest.approx(np.mean(costs), rel=1e-6)
 
 
 def test_sliced_wasserstein_of_a_shift():
@@ -139,6 +186,9 @@ def test_mean_cosine():
     y = torch.tensor([[3.0, 3.0]])
     assert mean_cosine(x, y).item() == pytest.approx(math.sqrt(0.5))
     assert mean_cosine(x, -x).item() == pytest.approx(-1)
+    x, y = sample(20, shift=0.5), sample(30, shift=0.2, seed=1)
+    expected = cosine_similarity(x.mean(0, keepdim=True).numpy(), y.mean(0, keepdim=True).numpy()).item()
+    assert mean_cosine(x, y).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -200,6 +250,18 @@ def test_classifier_is_at_chance_on_one_distribution_and_sure_on_two():
     assert classifier_two_sample(*apart, seed=0) > 0.99
 
 
+@pytest.mark.parametrize("shift", [0.5, 1.5])
+def test_classifier_is_about_as_good_as_can_be(shift):
+    """Two Gaussians a distance s apart can be told apart with accuracy Phi(s / 2), by Bayes and by Fisher's rule."""
+    move = torch.tensor([shift, 0.0, 0.0, 0.0], dtype=torch.float64)
+    parts = [sample(3000), sample(3000, seed=1) + move, sample(3000, seed=2), sample(3000, seed=3) + move]
+    found = classifier_two_sample(*parts, seed=0)
+    assert found == pytest.approx(stats.norm.cdf(shift / 2), abs=0.025)
+    classes = np.repeat([0, 1], 3000)
+    fisher = LinearDiscriminantAnalysis().fit(np.concatenate(parts[:2]), classes)
+    assert found == pytest.approx(fisher.score(np.concatenate(parts[2:]), classes), abs=0.005)
+
+
 def test_classifier_is_balanced():
     """Nine in ten rows of one side: guessing that side would be right in nine of ten unbalanced rows."""
     accuracy = classifier_two_sample(sample(900), sample(100, seed=1), sample(900, seed=2), sample(100, seed=3), seed=0)
@@ -217,7 +279,10 @@ def test_report_tells_equal_from_shifted_and_is_deterministic():
     torch.manual_seed(99)
     assert report(x, y) == equal
     assert report(x, y, seed=1) != equal
-    assert list(equal) == ["mmd_squared", "sliced_wasserstein", "energy_distance", "mean_cosine", "two_sample_accuracy"]
+    by_bandwidth = [f"mmd_squared_x{factor}" for factor in ("0.25", "0.5", "1", "2", "4")]
+    others = ["sliced_wasserstein", "energy_distance", "mean_cosine", "two_sample_accuracy"]
+    assert list(equal) == ["mmd_squared", *by_bandwidth, *others]
+    assert [shifted[name] for name in by_bandwidth] == pytest.approx(mmd_squared_by_bandwidth(x, y + 2).tolist())
     for key in ("mmd_squared", "sliced_wasserstein", "energy_distance"):
         assert 0 < equal[key] < 0.1 * shifted[key]
     assert equal["mean_cosine"] > 0.95

@@ -1,35 +1,45 @@
-"""``vocabridge analyze``: probe, distances over training, heatmaps and point cloud of a finished run.
+"""``vocabridge analyze``: probe, distances, heatmaps and point cloud of finished runs.
 
-::
+What is written to ``RUN/analysis``::
 
-    probe.json                                   measures of the attention, see ``probe``
-    distances.json                               distances between queries and keys, by step
-    query-key.svg                                queries and keys in the plane, before and after training
-    heatmaps/example-1.before.page-1.svg         attention of the first examples
+    probe.json                                   measures of the attention: ``probe.ProbeReport``
+    distances.json                               distances between queries and keys: ``training_distances``
+    points.json, query-key.svg                   both in the plane, before and after training: ``point_cloud``
+    heatmaps.json                                attention of a few examples, for other programs: ``heatmap_json``
+    heatmaps/example-1.before.page-1.svg         the same as pictures, none of it cut: ``heatmap``
+
+The few examples are the first three and the three with the least attention mass in chunk after training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.progress import track
 
-from vocabridge.analysis.attention import AttentionName, AttentionReader, ExampleAttention
-from vocabridge.analysis.finished_run import FinishedRun, load_finished_run
+from vocabridge.analysis.attention import AttentionReader, ExampleAttention
+from vocabridge.analysis.finished_run import FinishedRun, check_can_be_analysed, load_finished_run
+from vocabridge.analysis.handful import STAGES, DrawnExample, Handful
 from vocabridge.analysis.heatmap import heatmap_data, heatmap_pages
-from vocabridge.analysis.point_cloud import query_key_picture
+from vocabridge.analysis.heatmap_json import HeatmapRecord, heatmaps_json
+from vocabridge.analysis.point_cloud import PointCloud, point_cloud
 from vocabridge.analysis.probe import ProbeReport, ProbeSource, probe
 from vocabridge.analysis.token_names import token_names
-from vocabridge.analysis.training_distances import DistanceTable, training_distances
+from vocabridge.analysis.training_distances import (
+    DistanceTable,
+    StageDistances,
+    data_distances,
+    distances_json,
+    training_distances,
+)
 from vocabridge.errors import UserError
 from vocabridge.pairs import IGNORE_INDEX, TokenizedPair, tokenize_examples
 from vocabridge.text import read_examples
 
-HEATMAP_EXAMPLES = 4
 POINT_EXAMPLES = 32
-_HEATMAP_STAGES: tuple[AttentionName, ...] = ("before", "after")
+"""Examples of the point cloud and of the distances on the analysed data: the first ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +49,36 @@ class Analysis:
     folder: Path
     probe: ProbeReport
     distances: DistanceTable
+    """As logged while the run trained, on its own probe set."""
+    data_distances: StageDistances
+    """On the first of the analysed examples."""
+
+
+def analyze_runs(
+    run_dirs: Sequence[Path],
+    data: str,
+    *,
+    output_dir: Path | None = None,
+    limit: int | None = None,
+    progress: bool = False,
+) -> list[Analysis]:
+    """Analyse runs one after the other, once all of them have been found fit for it.
+
+    Args:
+        run_dirs: run folders.
+        data: as for :func:`analyze_run`, as is the rest.
+        output_dir: for one run only.
+        limit: first examples only.
+        progress: show progress bars.
+
+    Raises:
+        UserError: as for :func:`analyze_run`; or ``output_dir`` for several runs.
+    """
+    if output_dir is not None and len(run_dirs) > 1:
+        raise UserError(f"--output {output_dir} is for one RUN; without it each run gets a folder RUN/analysis.")
+    for run_dir in run_dirs:
+        check_can_be_analysed(run_dir, data)
+    return [analyze_run(each, data, output_dir=output_dir, limit=limit, progress=progress) for each in run_dirs]
 
 
 def analyze_run(
@@ -61,60 +101,60 @@ def analyze_run(
         raise UserError(f"--output {folder} is a file; name a folder.")
     examples = read_examples(data, limit=limit)
     run = load_finished_run(run_dir, data)
-    distances = training_distances(run_dir)
+    logged = training_distances(run_dir, part=run.part)
     pairs = list(tokenize_examples(examples, run.pair_tokenizer, progress=progress))
     reader = AttentionReader(run)
     attentions: Iterable[ExampleAttention] = reader.examples(pairs)
     if progress:
         attentions = track(attentions, description="Attending", total=len(pairs))
-    first: list[ExampleAttention] = []
-    report = probe(
-        _keeping(attentions, first), ProbeSource(run=str(run_dir), objective=run.recipe.objective.name, data=data)
-    )
+    handful = Handful()
+    source = ProbeSource(run=str(run_dir), objective=run.recipe.objective.name, data=data)
+    report = probe(handful.watch(attentions), source)
+    points = reader.points(pairs[:POINT_EXAMPLES])
+    on_data = data_distances(points)
+    cloud = point_cloud(points, *_point_names(run, pairs[:POINT_EXAMPLES]))
     _write(
         folder,
         {
             "probe.json": report.to_json() + "\n",
-            "distances.json": distances.to_json() + "\n",
-            "query-key.svg": _points_picture(run, reader, pairs[:POINT_EXAMPLES]),
-            **_heatmaps(run, first),
+            "distances.json": distances_json(logged, on_data) + "\n",
+            "points.json": cloud.to_json() + "\n",
+            "query-key.svg": _picture(cloud, len(pairs)),
+            **_heatmaps(run, handful.drawn()),
         },
     )
-    return Analysis(folder, report, distances)
+    return Analysis(folder, report, logged, on_data)
 
 
-def _keeping(examples: Iterable[ExampleAttention], kept: list[ExampleAttention]) -> Iterator[ExampleAttention]:
-    """Pass examples on and keep the first ones, so that not all of them lie in memory."""
-    for example in examples:
-        if len(kept) < HEATMAP_EXAMPLES:
-            kept.append(example)
-        yield example
+def _heatmaps(run: FinishedRun, drawn: Sequence[DrawnExample]) -> dict[str, str]:
+    """JSON and SVG by file name."""
+    files, records = {}, []
+    for item in drawn:
+        heatmaps = {stage: heatmap_data(item.example, stage, pair_tokenizer=run.pair_tokenizer) for stage in STAGES}
+        name = f"example {item.number}"
+        records.append(HeatmapRecord(name, item.chosen, heatmaps, item.mass_in_chunk))
+        for stage, data in heatmaps.items():
+            for page, svg in enumerate(heatmap_pages(data, title=f"{name}, {stage} training"), start=1):
+                files[f"heatmaps/example-{item.number}.{stage}.page-{page}.svg"] = svg
+    return {"heatmaps.json": heatmaps_json(records) + "\n", **files}
 
 
-def _heatmaps(run: FinishedRun, examples: Sequence[ExampleAttention]) -> dict[str, str]:
-    """SVG by file name."""
-    files = {}
-    for number, example in enumerate(examples, start=1):
-        for stage in _HEATMAP_STAGES:
-            title = f"example {number}, {stage} training"
-            data = heatmap_data(example, stage, pair_tokenizer=run.pair_tokenizer, title=title)
-            for page, svg in enumerate(heatmap_pages(data), start=1):
-                files[f"heatmaps/example-{number}.{stage}.page-{page}.svg"] = svg
-    return files
+def _picture(cloud: PointCloud, num_examples: int) -> str:
+    return cloud.to_svg(f"Queries and keys of {min(num_examples, POINT_EXAMPLES)} examples")
 
 
-def _points_picture(run: FinishedRun, reader: AttentionReader, pairs: Sequence[TokenizedPair]) -> str:
+def _point_names(run: FinishedRun, pairs: Sequence[TokenizedPair]) -> tuple[list[str], list[str]]:
+    """Of queries and keys: the tokens that their positions predict."""
     assert run.pair_tokenizer.teacher is not None
-    names = []
-    for tokenizer, sides in (
-        (run.pair_tokenizer.student.tokenizer, [pair.student for pair in pairs]),
-        (run.pair_tokenizer.teacher.tokenizer, [pair.teacher for pair in pairs if pair.teacher is not None]),
-    ):
-        names.append(
-            token_names(tokenizer, (label for side in sides for label in side.labels if label != IGNORE_INDEX))
-        )
-    title = f"Queries and keys of {len(pairs)} examples"
-    return query_key_picture(reader.points(pairs), names[0], names[1], title=title)
+    student = [pair.student for pair in pairs]
+    teacher = [pair.teacher for pair in pairs if pair.teacher is not None]
+    queries, keys = (
+        [label for side in sides for label in side.labels if label != IGNORE_INDEX] for sides in (student, teacher)
+    )
+    return (
+        token_names(run.pair_tokenizer.student.tokenizer, queries),
+        token_names(run.pair_tokenizer.teacher.tokenizer, keys),
+    )
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:

@@ -55,6 +55,8 @@ class FinishedRun:
     """Freshly started, from the run's seed."""
     after: Stage
     teacher_embedding: nn.Module
+    part: str
+    """Name of the part with the attention in a composition, which its entries in the log begin with; else empty."""
 
 
 def attention_objectives() -> list[str]:
@@ -75,9 +77,7 @@ def load_finished_run(folder: Path, data: str) -> FinishedRun:
         UserError: not the folder of a finished run, its objective has no attention, it diverged, or a model cannot be
             loaded.
     """
-    recipe = _read_recipe(folder, data)
-    part = _attention_part(folder, recipe)
-    _check_finished(folder)
+    recipe, part = check_can_be_analysed(folder, data)
     seed = _seed(folder)
     assert recipe.teacher is not None, "an objective with cross-model attention needs a teacher"
     student_tokenizer, teacher_tokenizer = load_tokenizer(recipe.student), load_tokenizer(recipe.teacher)
@@ -114,7 +114,23 @@ def load_finished_run(folder: Path, data: str) -> FinishedRun:
         before=Stage(before, student.get_input_embeddings()),
         after=after,
         teacher_embedding=teacher.get_input_embeddings(),
+        part=list(objective.parts)[part] if isinstance(objective, Composition) else "",
     )
+
+
+def check_can_be_analysed(folder: Path, data: str) -> tuple[Recipe, int]:
+    """Refuse what is no run, has no attention or is not finished, without loading anything large.
+
+    Returns:
+        The recipe, and which term of its objective has the attention.
+
+    Raises:
+        UserError: one of these.
+    """
+    recipe = _read_recipe(folder, data)
+    part = _attention_part(folder, recipe)
+    _check_finished(folder)
+    return recipe, part
 
 
 def _read_recipe(folder: Path, data: str) -> Recipe:

@@ -1,8 +1,10 @@
 """Heatmaps of cross-model attention: student tokens down, teacher tokens across, chunks outlined, in pages.
 
-Attention inside the right chunk is blue, outside it red; a chunk's outline shows where it should be. A long response
-is cut at chunk boundaries into pages. Each page has the teacher tokens of its own chunks and, at either end, a column
-with what its rows give to the tokens of earlier and later pages, so that no attention is hidden.
+Attention inside the right chunk is blue, as strong as its weight; a chunk's outline shows where it should be. Attention
+outside is red and sharpened: as strong as the root of its weight, so that 0.05 shows. The name of a row whose highest
+weight is outside its chunk is red too. A long response is cut at chunk boundaries into pages. Each page has the teacher
+tokens of its own chunks and, at either end, a column with what its rows give to the tokens of earlier and later pages,
+so that no attention is hidden.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from vocabridge.pairs import PairTokenizer
 PAGE_TOKENS = 64
 """Most tokens of either side on a page, unless one chunk alone has more."""
 
+LEAST_DRAWN = 0.005
+"""Lighter cells look white; leaving them out keeps a page small."""
+
 INSIDE, OUTSIDE = "#0b5cad", "#d1242f"
 
 _CELL, _LETTER, _LABEL_CHARS = 14.0, 6.7, 18
-_HEADER, _LEAST_WIDTH = 46.0, 500.0
-_LEAST_DRAWN = 0.005
-"""Lighter cells look white; leaving them out keeps a page small."""
+_HEADER, _LEAST_WIDTH = 46.0, 680.0
 _EARLIER, _LATER = "earlier", "later"
 
 
@@ -45,7 +48,10 @@ class HeatmapData:
     """``[R_s]``, -1 in none."""
     teacher_chunks: np.ndarray
     """``[R_t]``"""
-    title: str
+    student_spans: np.ndarray
+    """``[R_s, 2]`` half-open byte ranges of the response."""
+    teacher_spans: np.ndarray
+    """``[R_t, 2]``"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +62,7 @@ class Page:
     teacher: range
 
 
-def heatmap_data(
-    example: ExampleAttention, attention: AttentionName, *, pair_tokenizer: PairTokenizer, title: str
-) -> HeatmapData:
+def heatmap_data(example: ExampleAttention, attention: AttentionName, *, pair_tokenizer: PairTokenizer) -> HeatmapData:
     """One attention of an example, its tokens named by the tokens that the positions predict."""
     assert pair_tokenizer.teacher is not None
     return HeatmapData(
@@ -67,14 +71,16 @@ def heatmap_data(
         teacher_names=token_names(pair_tokenizer.teacher.tokenizer, example.teacher.labels),
         student_chunks=example.student.chunk_ids,
         teacher_chunks=example.teacher.chunk_ids,
-        title=title,
+        student_spans=example.student.spans,
+        teacher_spans=example.teacher.spans,
     )
 
 
-def heatmap_pages(data: HeatmapData, *, page_tokens: int = PAGE_TOKENS) -> list[str]:
+def heatmap_pages(data: HeatmapData, *, title: str, page_tokens: int = PAGE_TOKENS) -> list[str]:
     """SVG pictures of a heatmap, one per page."""
     pages = split_pages(data.student_chunks, data.teacher_chunks, page_tokens=page_tokens)
-    return [_draw(data, page, f"page {index} of {len(pages)}") for index, page in enumerate(pages, start=1)]
+    titles = [f"{title}, page {number} of {len(pages)}" for number in range(1, len(pages) + 1)]
+    return [_draw(data, page, words) for page, words in zip(pages, titles, strict=True)]
 
 
 def split_pages(
@@ -120,7 +126,7 @@ class _Layout:
         return Box(self.left + column * _CELL, self.top + row * _CELL, columns * _CELL, rows * _CELL)
 
 
-def _draw(data: HeatmapData, page: Page, which: str) -> str:
+def _draw(data: HeatmapData, page: Page, title: str) -> str:
     rows = [shortened(data.student_names[position], _LABEL_CHARS) for position in page.student]
     columns = [shortened(data.teacher_names[position], _LABEL_CHARS) for position in page.teacher]
     if page.teacher.start > 0:
@@ -132,12 +138,12 @@ def _draw(data: HeatmapData, page: Page, which: str) -> str:
     layout = _Layout(longest[0] + 16 - first_column * _CELL, _HEADER + longest[1] + 10)
     width = layout.left + len(columns) * _CELL + longest[1] / 2 + 10
     drawing = Drawing(max(width, _LEAST_WIDTH), layout.top + len(rows) * _CELL + 12)
-    title = f"{data.title}, {which}"
     drawing.describe(title)
     drawing.text(10, 18, title, size=13)
     _draw_legend(drawing)
-    for row, name in enumerate(rows):
-        drawing.text(longest[0] + 10, layout.top + row * _CELL + 11, name, anchor="end")
+    for row, (position, name) in enumerate(zip(page.student, rows, strict=True)):
+        fill = OUTSIDE if _strays(data, position) else INK
+        drawing.text(longest[0] + 10, layout.top + row * _CELL + 11, name, anchor="end", fill=fill)
     for column, name in enumerate(columns, start=first_column):
         fill = INK if 0 <= column < len(page.teacher) else "#6e7781"
         drawing.text(layout.left + column * _CELL + 11, layout.top - 6, name, angle=-60, fill=fill)
@@ -148,18 +154,25 @@ def _draw(data: HeatmapData, page: Page, which: str) -> str:
     return drawing.to_svg()
 
 
+def _strays(data: HeatmapData, position: int) -> bool:
+    """Whether a position is in a chunk and its highest weight outside."""
+    weights, chunk = data.weights[position], data.student_chunks[position]
+    return bool(chunk >= 0 and weights.any() and data.teacher_chunks[weights.argmax()] != chunk)
+
+
 def _letters(name: str) -> int:
     """How wide a name is, in Latin letters."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in name)
 
 
 def _draw_legend(drawing: Drawing) -> None:
+    entries = ((INSIDE, "in chunk"), (OUTSIDE, "outside (sharpened)"), ("none", "chunk"))
     x = 10.0
-    for colour, words, width in ((INSIDE, "in chunk", 90), (OUTSIDE, "outside", 82), ("none", "chunk", 0)):
+    for colour, words in entries:
         drawing.rectangle(Box(x, 26, 12, 12), fill=colour, stroke=INK if colour == "none" else None)
         drawing.text(x + 17, 36, words)
-        x += width
-    drawing.text(x + 70, 36, "rows: student, columns: teacher")
+        x += 34 + len(words) * _LETTER
+    drawing.text(x, 36, "rows: student, columns: teacher; red name: strays")
 
 
 def _draw_row(drawing: Drawing, data: HeatmapData, page: Page, layout: _Layout, *, position: int, row: int) -> None:
@@ -171,11 +184,11 @@ def _draw_row(drawing: Drawing, data: HeatmapData, page: Page, layout: _Layout, 
     earlier = (-1, weights[: page.teacher.start].sum(), False, "earlier pages")
     later = (len(page.teacher), weights[page.teacher.stop :].sum(), False, "later pages")
     for column, weight, is_inside, name in (earlier, *here, later):
-        if weight >= _LEAST_DRAWN:
+        if weight >= LEAST_DRAWN:
             drawing.rectangle(
                 layout.cell(row, column),
                 fill=INSIDE if is_inside else OUTSIDE,
-                opacity=min(float(weight), 1.0),
+                opacity=min(float(weight) ** (1.0 if is_inside else 0.5), 1.0),
                 tooltip=f"{data.student_names[position]} \u2192 {name}: {weight:.3f}",
             )
 

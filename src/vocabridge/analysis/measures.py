@@ -26,6 +26,9 @@ MEASURES = ("mass_in_chunk", "top1_in_chunk", "distance_bytes", "top1_distance_b
 CHUNK_TYPES = ("1:1", "1:n", "n:1", "n:m")
 """Student tokens : teacher tokens."""
 
+REPETITION = ("unique", "repeated")
+REPETITION_GROUPINGS = ("teacher bigram", "teacher label")
+
 _BIN_ENDS = (8, 32, 128)
 
 
@@ -66,11 +69,9 @@ def group_order() -> dict[str, tuple[str, ...]]:
     """The groups of every grouping, in the order of tables."""
     edges = (1, *(end + 1 for end in _BIN_ENDS))
     bins = tuple(map(token_bin, edges))
-    repetition = ("unique", "repeated")
     return {
         "chunk type": CHUNK_TYPES,
-        "teacher bigram": repetition,
-        "teacher label": repetition,
+        **dict.fromkeys(REPETITION_GROUPINGS, REPETITION),
         "position": bins,
         "length": bins,
     }

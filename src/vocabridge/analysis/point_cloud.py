@@ -1,12 +1,20 @@
 """Queries and keys in the plane: the first two principal axes of all of them together, before and after training.
 
-Axis letters: N queries, M keys, F features.
+Axis letters: N queries, M keys, F features. ``points.json``, five significant digits::
+
+    {"explained": [0.22, 0.08],                       share of the variance along each axis
+     "stages": {"before": {"queries": [[x, y], ...],   N points
+                           "keys":    [[x, y], ...]},  M points
+                "after":  {...}},                      the same tokens in the same order, on the same axes
+     "query_names": ["a", ...], "key_names": [...]}    N and M labels, as ``token_names`` spells them
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -31,15 +39,6 @@ class Projection:
     """Share of the variance along each axis."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class NamedPoints:
-    """One kind of points: where, and what each of them is."""
-
-    points: np.ndarray
-    """``[N, 2]``"""
-    names: Sequence[str]
-
-
 def principal_plane(clouds: Sequence[np.ndarray]) -> Projection:
     """Project clouds ``[N_k, F]`` on the first two principal axes of all their points, F >= 2.
 
@@ -55,53 +54,122 @@ def principal_plane(clouds: Sequence[np.ndarray]) -> Projection:
     return Projection(tuple((cloud - centre) @ plane for cloud in clouds), (shares[0], shares[1]))
 
 
-def query_key_picture(points: Points, query_names: Sequence[str], key_names: Sequence[str], *, title: str) -> str:
-    """SVG with two panels, before and after training, on common axes and scales.
+@dataclass(frozen=True, slots=True, eq=False)
+class StagePoints:
+    """One moment of the run."""
+
+    queries: np.ndarray
+    """``[N, 2]``"""
+    keys: np.ndarray
+    """``[M, 2]``"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PointCloud:
+    """Queries and keys before and after training on common axes."""
+
+    before: StagePoints
+    after: StagePoints
+    query_names: Sequence[str]
+    """``N`` tokens, shown when the pointer rests on a point."""
+    key_names: Sequence[str]
+    """``M``"""
+    explained: tuple[float, float]
+    """Share of the variance along each axis."""
+
+    def to_json(self) -> str:
+        """``points.json``, see the module."""
+        stages = {
+            name: {"queries": _rounded(stage.queries), "keys": _rounded(stage.keys)}
+            for name, stage in (("before", self.before), ("after", self.after))
+        }
+        values = {
+            "explained": [float(f"{share:.5g}") for share in self.explained],
+            "stages": stages,
+            "query_names": list(self.query_names),
+            "key_names": list(self.key_names),
+        }
+        return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+
+    def to_svg(self, title: str) -> str:
+        """Two panels, before and after training, on one scale."""
+        drawing = Drawing(width=2 * _PANEL + 3 * _MARGIN, height=_TOP + _PANEL + 36)
+        drawing.describe(title)
+        drawing.text(_MARGIN, 18, title, size=13)
+        view = _View.of(self)
+        for panel, (heading, stage) in enumerate((("before training", self.before), ("after training", self.after))):
+            frame = Box(_MARGIN + panel * (_PANEL + _MARGIN), _TOP, _PANEL, _PANEL)
+            drawing.text(frame.x, _TOP - 8, heading)
+            drawing.rectangle(frame, stroke="#d0d7de")
+            for points, names, colour in (
+                (stage.keys, self.key_names, KEY_COLOUR),
+                (stage.queries, self.query_names, QUERY_COLOUR),
+            ):
+                for (right, down), name in zip(view.pixels(points, frame), names, strict=True):
+                    drawing.circle(right, down, fill=colour, tooltip=name)
+        _draw_legend(drawing, self.explained)
+        return drawing.to_svg()
+
+
+def point_cloud(points: Points, query_names: Sequence[str], key_names: Sequence[str]) -> PointCloud:
+    """At most :data:`MAX_POINTS` evenly spaced queries and keys on the principal axes of both kinds and moments.
 
     Args:
-        points: queries and keys.
-        query_names: ``N`` tokens, shown when the pointer rests on a point.
-        key_names: ``M``.
-        title: of the picture.
+        points: N queries and M keys, before and after training.
+        query_names: of all N.
+        key_names: of all M.
     """
-    chosen = [_spread(len(names)) for names in (query_names, key_names)]
+    chosen = _spread(len(query_names)), _spread(len(key_names))
     kinds = [
-        (part[of].double().numpy())
+        rows[of].double().numpy()
         for stage in (points.before, points.after)
-        for part, of in ((stage.queries, chosen[0]), (stage.keys, chosen[1]))
+        for rows, of in ((stage.queries, chosen[0]), (stage.keys, chosen[1]))
     ]
     projection = principal_plane(kinds)
-    names = [[all_names[index] for index in of] for all_names, of in zip((query_names, key_names), chosen, strict=True)]
-    scale = max(float(np.abs(cloud).max(initial=0)) for cloud in projection.clouds) or 1.0
-    drawing = Drawing(width=2 * _PANEL + 3 * _MARGIN, height=_TOP + _PANEL + 36)
-    drawing.describe(title)
-    drawing.text(_MARGIN, 18, title, size=13)
-    for panel, heading in enumerate(("before training", "after training")):
-        frame = Box(_MARGIN + panel * (_PANEL + _MARGIN), _TOP, _PANEL, _PANEL)
-        drawing.text(frame.x, _TOP - 8, heading)
-        drawing.rectangle(frame, stroke="#d0d7de")
-        queries, keys = projection.clouds[2 * panel], projection.clouds[2 * panel + 1]
-        _draw_points(drawing, NamedPoints(keys, names[1]), frame, scale=scale, colour=KEY_COLOUR)
-        _draw_points(drawing, NamedPoints(queries, names[0]), frame, scale=scale, colour=QUERY_COLOUR)
-    _draw_legend(drawing, projection)
-    return drawing.to_svg()
+    return PointCloud(
+        before=StagePoints(*projection.clouds[:2]),
+        after=StagePoints(*projection.clouds[2:]),
+        query_names=[query_names[index] for index in chosen[0]],
+        key_names=[key_names[index] for index in chosen[1]],
+        explained=projection.explained,
+    )
 
 
-def _draw_points(drawing: Drawing, cloud: NamedPoints, frame: Box, *, scale: float, colour: str) -> None:
-    half = frame.width / 2
-    for (right, up), name in zip(cloud.points / scale * (half - 8), cloud.names, strict=True):
-        drawing.circle(frame.x + half + right, frame.y + half - up, fill=colour, tooltip=name)
+@dataclass(frozen=True, slots=True, eq=False)
+class _View:
+    """The square around all points of both moments."""
+
+    centre: np.ndarray
+    """``[2]``"""
+    half: float
+
+    @classmethod
+    def of(cls, cloud: PointCloud) -> _View:
+        stages = cloud.before, cloud.after
+        points = np.concatenate(list(chain.from_iterable((stage.queries, stage.keys) for stage in stages)))
+        low, high = points.min(0), points.max(0)
+        return cls((low + high) / 2, float((high - low).max()) / 2 or 1.0)
+
+    def pixels(self, points: np.ndarray, frame: Box) -> list[tuple[float, float]]:
+        """Where points ``[N, 2]`` stand in a frame, in pixels."""
+        half = frame.width / 2
+        offsets = (points - self.centre) / self.half * (half - 8) * [1, -1]
+        return [(frame.x + half + right, frame.y + half + down) for right, down in offsets.tolist()]
 
 
-def _draw_legend(drawing: Drawing, projection: Projection) -> None:
+def _draw_legend(drawing: Drawing, explained: tuple[float, float]) -> None:
     y = _TOP + _PANEL + 20
     for x, colour, words in ((_MARGIN, QUERY_COLOUR, "queries (student)"), (190.0, KEY_COLOUR, "keys (teacher)")):
         drawing.circle(x + 4, y - 4, fill=colour, radius=4)
         drawing.text(x + 14, y, words)
-    shares = " and ".join(f"{share:.1%}" for share in projection.explained)
+    shares = " and ".join(f"{share:.1%}" for share in explained)
     drawing.text(330, y, f"principal axes of all points: {shares} of the variance")
 
 
 def _spread(count: int) -> list[int]:
     """At most :data:`MAX_POINTS` indices, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).round().astype(int)).tolist()
+
+
+def _rounded(points: np.ndarray) -> list[list[float]]:
+    return [[float(f"{value:.5g}") for value in point] for point in points]

@@ -1,34 +1,32 @@
 """The probe: measures of attention averaged over positions, by kind of position, with intervals over examples.
 
+``probe.json`` is :class:`ProbeReport`; ``results`` has an entry per attention, grouping and group that has positions.
+An interval is the bootstrap's: examples are drawn with replacement, positions go with their example.
+
 Axis letters: E examples, D bootstrap draws, G groups (of all attentions), M measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from vocabridge.analysis.attention import ATTENTION_NAMES, AttentionName, ExampleAttention
-from vocabridge.analysis.measures import MEASURES, group_order, measure, position_groups
+from vocabridge.analysis.measures import (
+    MEASURES,
+    REPETITION,
+    REPETITION_GROUPINGS,
+    group_order,
+    measure,
+    position_groups,
+)
 from vocabridge.errors import UserError
 
 ALL = "all"
 """Grouping of all positions, and its only group."""
-
-_TITLES: Mapping[AttentionName, str] = {
-    "uniform": "uniform (knows nothing)",
-    "before": "before training",
-    "after": "after training",
-    "cla": "CLA: after, in chunk only",
-    "clp": "CLP: uniform in chunk",
-    "eta": "ETA: exact pairs",
-}
 
 
 class _Model(BaseModel):
@@ -65,6 +63,15 @@ class GroupChange(_Model):
     measures: dict[str, Estimate]
 
 
+class RepetitionEffect(_Model):
+    """Positions with a repeated token less those with a unique one, under one attention, on the same draws."""
+
+    attention: AttentionName
+    grouping: str
+    """``teacher bigram`` or ``teacher label``: what is repeated."""
+    measures: dict[str, Estimate]
+
+
 class ProbeReport(_Model):
     """What ``vocabridge analyze`` prints and writes as ``probe.json``."""
 
@@ -83,6 +90,8 @@ class ProbeReport(_Model):
     """Of the bootstrap."""
     results: list[GroupResult]
     changes: list[GroupChange]
+    repetition: list[RepetitionEffect]
+    """Absent where there are no positions of both kinds."""
 
     def to_json(self) -> str:
         """The report as indented JSON."""
@@ -159,6 +168,12 @@ def probe(
         seed=bootstrap.seed,
         results=[result for result in results if result is not None],
         changes=[change for key in _group_keys() if (change := totals.change(*key)) is not None],
+        repetition=[
+            effect
+            for attention in ATTENTION_NAMES
+            for grouping in REPETITION_GROUPINGS
+            if (effect := totals.repetition(attention, grouping)) is not None
+        ],
     )
 
 
@@ -236,13 +251,23 @@ class _Totals:
         )
 
     def change(self, grouping: str, group: str) -> GroupChange | None:
-        after: _Key = ("after", grouping, group)
-        before: _Key = ("before", grouping, group)
-        if not self.counts[after].sum():
+        measures = self._difference(("after", grouping, group), ("before", grouping, group))
+        return None if measures is None else GroupChange(grouping=grouping, group=group, measures=measures)
+
+    def repetition(self, attention: AttentionName, grouping: str) -> RepetitionEffect | None:
+        unique, repeated = ((attention, grouping, group) for group in REPETITION)
+        measures = self._difference(repeated, unique)
+        if measures is None:
             return None
-        drawn = self._drawn_means(after) - self._drawn_means(before)
-        values = self._estimates(self._mean(after) - self._mean(before), drawn, self._num_examples(after))
-        return GroupChange(grouping=grouping, group=group, measures=values)
+        return RepetitionEffect(attention=attention, grouping=grouping, measures=measures)
+
+    def _difference(self, key: _Key, other: _Key) -> dict[str, Estimate] | None:
+        """``key`` less ``other``, each example drawn with both kinds of its positions."""
+        if not (self.counts[key].sum() and self.counts[other].sum()):
+            return None
+        drawn = self._drawn_means(key) - self._drawn_means(other)
+        num_examples = min(self._num_examples(key), self._num_examples(other))
+        return self._estimates(self._mean(key) - self._mean(other), drawn, num_examples)
 
     def _num_examples(self, key: _Key) -> int:
         return int((self.counts[key] > 0).sum())
@@ -261,54 +286,3 @@ class _Totals:
         lows, highs = np.nanpercentile(drawn, [self.tail, 100 - self.tail], axis=0)
         estimates = zip(MEASURES, means, lows, highs, strict=True)
         return {name: Estimate(mean=mean, low=low, high=high) for name, mean, low, high in estimates}
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def render_probe(report: ProbeReport) -> RenderableType:
-    """The report as tables for a terminal; print it with a ``rich`` console."""
-    share = report.positions_in_chunk / report.supervised_positions
-    summary = Text(
-        f"{report.run} ({report.objective}) on {report.data}: {report.examples} examples, "
-        f"{report.positions_in_chunk:,} of {report.supervised_positions:,} student positions in a chunk ({share:.1%}); "
-        f"{report.confidence:.0%} intervals over examples. Distances in bytes, entropy in nats."
-    )
-    return Group(summary, _overall_table(report), _groups_table(report))
-
-
-def _overall_table(report: ProbeReport) -> Table:
-    table = Table(title="Attention of student positions", title_justify="left")
-    for heading in ("attention", "positions", *MEASURES):
-        table.add_column(heading.replace("_", " "), justify="left" if heading == "attention" else "right")
-    for result in report.results:
-        if result.grouping == ALL:
-            cells = [_cell(result.measures[name]) for name in MEASURES]
-            table.add_row(_TITLES[result.attention], f"{result.positions:,}", *cells)
-    for change in report.changes:
-        if change.grouping == ALL:
-            table.add_row("after - before", "", *(_cell(change.measures[name], sign=True) for name in MEASURES))
-    return table
-
-
-def _groups_table(report: ProbeReport) -> Table:
-    names: tuple[AttentionName, ...] = ("uniform", "before", "after", "clp")
-    table = Table("positions", "count", title="Mass in chunk by kind of position (CLP: bound)", title_justify="left")
-    for name in names:
-        table.add_column(_TITLES[name].partition(" (")[0].partition(":")[0], justify="right")
-    table.add_column("after - before", justify="right")
-    for change in report.changes:
-        found = [report.result(name, change.grouping, change.group) for name in names]
-        cells = [_cell(each.measures["mass_in_chunk"]) for each in found]
-        title = change.group if change.grouping == ALL else f"{change.grouping} {change.group}"
-        difference = _cell(change.measures["mass_in_chunk"], sign=True)
-        table.add_row(title, f"{found[0].positions:,}", *cells, difference)
-    return table
-
-
-def _cell(estimate: Estimate, *, sign: bool = False) -> Text:
-    pattern = "{:+.3f}" if sign else "{:.3f}"
-    mean = pattern.format(estimate.mean)
-    if estimate.low is None or estimate.high is None:
-        return Text(mean)
-    return Text(f"{mean} [{pattern.format(estimate.low)}, {pattern.format(estimate.high)}]")

@@ -1,14 +1,30 @@
-"""Distances between queries and keys over training, as the trainer has measured and logged them."""
+"""Distances between queries and keys: over training, as the trainer has logged them, and on the analysed data.
+
+``distances.json``::
+
+    {"bandwidth_factors": [0.25, 0.5, 1, 2, 4],
+     "training": [{"step": 0, "mmd_squared": 0.05, ...}, ...],    fixed probe set of training examples
+     "data": {"before": {"mmd_squared": 0.06, ...}, "after": {...}}}    first of the analysed examples
+
+Names and definitions are those of :func:`vocabridge.losses.distances.distribution_report`; ``mmd_squared_x0.25`` is at
+0.25 times the median distance between two keys. ``training`` has what the objective adds, too (``coverage``,
+``attention_in_chunk``...). A measurement that was not possible is absent.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
+from vocabridge.analysis.attention import Points
 from vocabridge.errors import UserError
+from vocabridge.losses.distances import BANDWIDTH_FACTORS
+from vocabridge.objectives._cross_model_attention import distances
 from vocabridge.trainer import METRICS_FILE
 
 _PREFIX = "probe/"
@@ -31,24 +47,33 @@ class DistanceTable:
     """Of all measures, in the order of the log."""
     rows: tuple[DistanceRow, ...]
 
-    def to_json(self) -> str:
-        """``[{"step": 0, "mmd_squared": ...}, ...]``, indented."""
-        return json.dumps([{"step": row.step, **row.values} for row in self.rows], indent=2)
+
+@dataclass(frozen=True, slots=True)
+class StageDistances:
+    """Distances on the same examples before and after training, by name."""
+
+    before: dict[str, float]
+    after: dict[str, float]
 
 
-def training_distances(folder: Path) -> DistanceTable:
+def training_distances(folder: Path, *, part: str = "") -> DistanceTable:
     """Read the ``probe/...`` entries of a run folder's log; of a step that was measured twice, the later one.
+
+    Args:
+        folder: run folder.
+        part: of a composition, the part whose entries are wanted.
 
     Raises:
         UserError: a line of the log is broken.
     """
     path = folder / METRICS_FILE
+    prefix = f"{_PREFIX}{part}/" if part else _PREFIX
     rows: dict[int, dict[str, float]] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            measured = {name.removeprefix(_PREFIX): entry[name] for name in entry if name.startswith(_PREFIX)}
+            measured = {name.removeprefix(prefix): entry[name] for name in entry if name.startswith(prefix)}
             if measured:
                 rows[int(entry["step"])] = measured
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -57,15 +82,39 @@ def training_distances(folder: Path) -> DistanceTable:
     return DistanceTable(tuple(names), tuple(DistanceRow(step, rows[step]) for step in sorted(rows)))
 
 
-def render_distances(table: DistanceTable, *, most_rows: int = 12) -> Table:
-    """First, last and evenly spaced rows between them, for a terminal."""
-    shown = Table("step", title="Queries and keys over training (fixed probe set)", title_justify="left")
-    for name in table.names:
-        shown.add_column(name.replace("_", " "), justify="right")
-    count = len(table.rows)
-    few = min(count, most_rows)
-    for index in sorted({round(k * (count - 1) / max(few - 1, 1)) for k in range(few)}):
-        row = table.rows[index]
-        cells = [f"{row.values[name]:.4g}" if name in row.values else "-" for name in table.names]
-        shown.add_row(str(row.step), *cells)
+def data_distances(points: Points) -> StageDistances:
+    """Measure queries and keys of some examples before and after training."""
+
+    def finite(values: Mapping[str, float]) -> dict[str, float]:
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    return StageDistances(finite(distances(points.before)), finite(distances(points.after)))
+
+
+def distances_json(training: DistanceTable, data: StageDistances) -> str:
+    """``distances.json``, see the module."""
+    values = {
+        "bandwidth_factors": BANDWIDTH_FACTORS,
+        "training": [{"step": row.step, **row.values} for row in training.rows],
+        "data": {"before": data.before, "after": data.after},
+    }
+    return json.dumps(values, indent=2, allow_nan=False)
+
+
+def render_distances(training: DistanceTable, data: StageDistances, *, most_steps: int = 5) -> Table:
+    """A measure per line, for a terminal: first, last and evenly spaced steps between them, and the analysed data."""
+    title = "Queries and keys: over training (fixed probe set of training examples), and on the analysed data"
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("measure", min_width=14)
+    count = len(training.rows)
+    few = min(count, most_steps)
+    chosen = [training.rows[k] for k in sorted({round(k * (count - 1) / max(few - 1, 1)) for k in range(few)})]
+    for row in chosen:
+        shown.add_column(f"step {row.step}", justify="right")
+    for heading in ("data: before", "data: after"):
+        shown.add_column(heading, justify="right")
+    columns = [*(row.values for row in chosen), data.before, data.after]
+    for name in dict.fromkeys([*data.before, *training.names]):
+        cells = [f"{values[name]:.3g}" if name in values else "-" for values in columns]
+        shown.add_row(name.replace("_", " "), *cells)
     return shown

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 BANDWIDTH_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Default bandwidths of the kernels in :func:`mmd_squared`, times the median distance."""
+"""Bandwidths of the Gaussian kernels, times a median distance."""
 
 MAX_REPORT_ROWS = 512
 MAX_MEDIAN_ROWS = 512
@@ -40,17 +41,26 @@ def mmd_squared(x: Tensor, y: Tensor, *, bandwidths: Sequence[float] | None = No
     """
     x, y = _centred(x, y)
     if bandwidths is None:
-        median = _median_distance(x.detach(), y.detach())
-        scales = [median * factor for factor in BANDWIDTH_FACTORS]
+        scales = _median_distance(torch.cat([x, y]).detach()) * x.new_tensor(BANDWIDTH_FACTORS)
     else:
-        scales = [x.new_tensor(bandwidth) for bandwidth in bandwidths]
+        scales = x.new_tensor(bandwidths)
+    kernels = _KernelMeans.of(x, y, scales)
+    return kernels.within_x.mean() + kernels.within_y.mean() - 2 * kernels.between.mean()
 
-    def mean_kernel(u: Tensor, v: Tensor) -> Tensor:
-        squared = _squared_distances(u, v)
-        kernels = [torch.exp(squared / (-2 * scale.square())).mean() for scale in scales]
-        return torch.stack(kernels).mean()
 
-    return mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
+def mmd_squared_by_bandwidth(x: Tensor, y: Tensor) -> Tensor:
+    """``[K]`` squared maximum mean discrepancies, one for each of :data:`BANDWIDTH_FACTORS`; of y's own scale.
+
+    The unit of the bandwidths is the median distance within ``y`` alone. While y stays as it is (keys over training),
+    so do the kernels, and values of different moments can be compared; :func:`mmd_squared` widens its kernels with x.
+
+    Args:
+        x: ``[n, d]``.
+        y: ``[m, d]``.
+    """
+    x, y = _centred(x, y)
+    kernels = _KernelMeans.of(x, y, _median_distance(y.detach()) * x.new_tensor(BANDWIDTH_FACTORS))
+    return kernels.within_x + kernels.within_y - 2 * kernels.between
 
 
 def sliced_wasserstein(
@@ -155,14 +165,17 @@ def distribution_report(x: Tensor, y: Tensor, *, x_groups: Tensor, y_groups: Ten
         seed: seed of the cut, the split and the projections; the report is a function of the arguments alone.
 
     Returns:
-        ``mmd_squared``, ``sliced_wasserstein``, ``energy_distance``, ``mean_cosine`` and ``two_sample_accuracy``, the
-        last NaN where a split lacks rows of a side.
+        ``mmd_squared``, ``mmd_squared_x0.25`` to ``mmd_squared_x4`` (of :func:`mmd_squared_by_bandwidth`),
+        ``sliced_wasserstein``, ``energy_distance``, ``mean_cosine`` and ``two_sample_accuracy``, the last NaN where a
+        split lacks rows of a side.
     """
     generator = torch.Generator().manual_seed(seed)
     x, x_groups = _report_rows(x, x_groups, generator)
     y, y_groups = _report_rows(y, y_groups, generator)
+    by_bandwidth = zip(BANDWIDTH_FACTORS, mmd_squared_by_bandwidth(x, y).tolist(), strict=True)
     return {
         "mmd_squared": mmd_squared(x, y).item(),
+        **{f"mmd_squared_x{factor:g}": value for factor, value in by_bandwidth},
         "sliced_wasserstein": sliced_wasserstein(x, y, generator=generator).item(),
         "energy_distance": energy_distance(x, y).item(),
         "mean_cosine": mean_cosine(x, y).item(),
@@ -211,11 +224,27 @@ def _squared_distances(u: Tensor, v: Tensor) -> Tensor:
         return torch.addmm(squares, u, v.t(), alpha=-2).clamp_min(0)
 
 
-def _median_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Median distance between two points of the pooled sample, on at most :data:`MAX_MEDIAN_ROWS` even-spaced rows."""
-    pooled = torch.cat([x, y])
-    pooled = pooled[:: math.ceil(len(pooled) / MAX_MEDIAN_ROWS)]
-    if len(pooled) < 2:
-        return pooled.new_ones(())
-    median = torch.pdist(pooled).median()
+def _median_distance(points: Tensor) -> Tensor:
+    """Median distance between two points of a sample, on at most :data:`MAX_MEDIAN_ROWS` even-spaced rows."""
+    points = points[:: math.ceil(len(points) / MAX_MEDIAN_ROWS)]
+    if len(points) < 2:
+        return points.new_ones(())
+    median = torch.pdist(points).median()
     return median.clamp_min(torch.finfo(median.dtype).tiny ** 0.25)  # its square is divided by
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _KernelMeans:
+    """Mean Gaussian kernels of all pairs, ``[K]`` each for K bandwidths."""
+
+    within_x: Tensor
+    within_y: Tensor
+    between: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, scales: Tensor) -> _KernelMeans:
+        def means(u: Tensor, v: Tensor) -> Tensor:
+            squared = _squared_distances(u, v)
+            return torch.stack([torch.exp(squared / (-2 * scale.square())).mean() for scale in scales])
+
+        return cls(means(x, x), means(y, y), means(x, y))
