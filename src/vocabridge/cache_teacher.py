@@ -23,6 +23,7 @@ from vocabridge.errors import UserError
 from vocabridge.models.cache_shards import remove_leftovers
 from vocabridge.models.cached_teacher import CachedTeacher
 from vocabridge.models.capture import trunk_shape
+from vocabridge.models.dtypes import dtype_name
 from vocabridge.models.loading import check_tokenizer_matches, load_teacher, load_tokenizer, vocabulary_size
 from vocabridge.models.spec import CacheSpec, ModelSpec, check_side
 from vocabridge.models.teacher import place
@@ -31,7 +32,6 @@ from vocabridge.models.teacher_cache import (
     CacheKey,
     TeacherCache,
     create_cache,
-    dtype_name,
     open_cache,
 )
 from vocabridge.models.teacher_capture import capture, capture_size, check_space, gigabytes

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -19,8 +19,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from vocabridge.alignment import check_tokenizer_file
 from vocabridge.errors import UserError
 from vocabridge.models.checkpoint import Checkpoint, check_weight_files, find_checkpoint
+from vocabridge.models.dtypes import dtype_name, fast_dtype, tell_choice
 from vocabridge.models.lora import add_lora
-from vocabridge.models.spec import ModelSpec, Side, check_side
+from vocabridge.models.spec import Dtype, ModelSpec, Side, check_side
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,10 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 def load_model(spec: ModelSpec, *, config: PretrainedConfig | None = None) -> PreTrainedModel:
     """A causal language model in eval mode on ``spec.device`` (none: the accelerator when there is one).
 
+    ``dtype: auto`` is the checkpoint's own type, or float32 where the device is slow in that; see
+    :mod:`vocabridge.models.dtypes`. A checkpoint whose configuration names no type, and a GGUF file, are left to
+    transformers.
+
     Args:
         spec: which one.
         config: instead of the checkpoint's own.
@@ -93,10 +98,23 @@ def load_student(spec: ModelSpec) -> Any:
     """
     check_side(spec, "student")
     changes = {} if spec.device else {"device": "cpu"}
-    if spec.dtype == "auto" and spec.lora is None:
-        changes["dtype"] = "float32"
+    if spec.dtype == "auto":
+        changes["dtype"] = "float32" if spec.lora is None else resolve_dtype(spec)
     model = load_model(spec.model_copy(update=changes))
     return (model if spec.lora is None else add_lora(model, spec.lora)).train()
+
+
+def resolve_dtype(spec: ModelSpec) -> Dtype:
+    """What ``auto`` means for a model that will run on ``spec.device``, for who loads it elsewhere first.
+
+    Raises:
+        UserError: there is no checkpoint, or its configuration cannot be read.
+    """
+    checkpoint = find_checkpoint(spec.model)
+    check_weight_files(checkpoint)
+    if checkpoint.gguf_file is not None:
+        return spec.dtype
+    return _chosen_dtype(spec, _read_config(spec, checkpoint), _device(spec.device))
 
 
 def clear_gguf_marks(model: PreTrainedModel) -> None:
@@ -143,14 +161,17 @@ def _load(spec: ModelSpec, device: torch.device, config: PretrainedConfig | None
     check_weight_files(checkpoint)
     if spec.trust_remote_code:
         logger.warning("trust_remote_code is on: Python code that ships with '%s' is run on this machine", spec.model)
+    dtype = spec.dtype
     if checkpoint.gguf_file is None:
-        _check_config(spec, checkpoint)
+        own_config = _read_config(spec, checkpoint)
+        _check_config(spec, own_config)
+        dtype = _chosen_dtype(spec, own_config, device)
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # annotated as returning no report
     with _as_user_error(f"'{spec.model}': the model cannot be loaded"):
         model, report = from_pretrained(
             checkpoint.name,
             config=config,
-            dtype=spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=spec.attn_implementation,
             output_loading_info=True,
             **hub_options(spec, checkpoint),
@@ -170,10 +191,24 @@ def _load(spec: ModelSpec, device: torch.device, config: PretrainedConfig | None
     return model
 
 
-def _check_config(spec: ModelSpec, checkpoint: Checkpoint) -> None:
-    """Refuse from the config alone, before gigabytes are read, what is no causal language model."""
+def _read_config(spec: ModelSpec, checkpoint: Checkpoint) -> PretrainedConfig:
     with _as_user_error(f"'{spec.model}': config.json cannot be read"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.name, **hub_options(spec, checkpoint))
+        return AutoConfig.from_pretrained(checkpoint.name, **hub_options(spec, checkpoint))
+
+
+def _chosen_dtype(spec: ModelSpec, config: PretrainedConfig, device: torch.device) -> Dtype:
+    """``auto`` only where the checkpoint's own type is unknown or none that can be named."""
+    stored = config.dtype or config.get_text_config().dtype
+    if spec.dtype != "auto" or spec.quantization or not isinstance(stored, torch.dtype):
+        return spec.dtype
+    chosen = fast_dtype(stored, device)
+    tell_choice(spec.model, stored, chosen, device.type)
+    names: tuple[Dtype, ...] = get_args(Dtype)
+    return next((name for name in names if name == dtype_name(chosen)), "auto")
+
+
+def _check_config(spec: ModelSpec, config: PretrainedConfig) -> None:
+    """Refuse from the config alone, before gigabytes are read, what is no causal language model."""
     if spec.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
         return
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:

@@ -50,7 +50,8 @@ class ModelSpec(Settings):
     revision: str | None = None
     """Branch, tag or commit of a hub model; none means its main branch."""
     dtype: Dtype = "auto"
-    """Type of the weights in memory; ``auto`` keeps the checkpoint's own, but a student trained in full is float32."""
+    """Type of the weights in memory. ``auto`` keeps the checkpoint's own, but takes float32 where the machine is slow
+    in that (bfloat16 without AVX512-BF16 or AMX, float16 on a CPU), and for a student that is trained in full."""
     device: str | None = None
     """Where the model runs (``cpu``, ``cuda``, ``cuda:1``); none means the accelerator when there is one."""
     attn_implementation: str | None = None

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from vocabridge.errors import UserError
@@ -170,8 +169,3 @@ def open_cache(folder: Path, key: CacheKey) -> TeacherCache | None:
 def _difference(name: str, before: object, now: object) -> str:
     values = "" if name == "teacher" else f" ({before}, now {now})"
     return f"{_MEANING[name]}{values}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.bfloat16`` -> ``bfloat16``."""
-    return str(dtype).removeprefix("torch.")

@@ -19,7 +19,7 @@ from vocabridge.fingerprints import checkpoint_fingerprint, weights_fingerprint
 from vocabridge.models.capture import decoder_layers
 from vocabridge.models.checkpoint import Checkpoint, check_weight_files, find_checkpoint
 from vocabridge.models.heads import base_model
-from vocabridge.models.loading import hub_options, load_model, load_teacher
+from vocabridge.models.loading import hub_options, load_model, load_teacher, resolve_dtype
 from vocabridge.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,9 @@ def _plain_ends(spec: ModelSpec, checkpoint: Checkpoint) -> TeacherEnds | None:
         short.layer_types = []
     try:
         with _without_load_report():  # which would list every weight of the trunk
-            model = load_model(spec.model_copy(update={"device": "cpu"}), config=short)
+            # The type is chosen for the device that the ends are moved to, as the whole teacher's is.
+            changes = {"device": "cpu", "dtype": resolve_dtype(spec)}
+            model = load_model(spec.model_copy(update=changes), config=short)
     except Exception as error:  # whatever a family's code does without a first layer; loading it whole will tell
         logger.info("'%s' cannot be loaded without its layers (%s), so it is loaded whole", spec.model, error)
         return None
