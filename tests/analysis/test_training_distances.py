@@ -117,3 +117,16 @@ def test_table_shows_first_and_last_of_many_steps_and_the_data(tmp_path: Path) -
     assert shown.count("step ") == 3
     console.print(render_distances(DistanceTable((), ()), data))
     assert "77" in console.export_text()
+
+
+def test_table_fits_a_terminal(tmp_path: Path) -> None:
+    names = sorted(NAMES | {"attention_top1_in_chunk"})
+    write(tmp_path, [{f"probe/{name}": 0.000123 for name in names} | {"step": 1000 * step} for step in range(9)])
+    console = Console(width=80, record=True, file=io.StringIO())
+    data = StageDistances(dict.fromkeys(names, 0.000456), dict.fromkeys(names, 0.000789))
+    console.print(render_distances(training_distances(tmp_path), data))
+    shown = console.export_text()
+    assert "\u2026" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert (shown.count("0.000123"), shown.count("0.000456")) == (4 * len(names), len(names))
+    assert shown.count("0.000789") == len(names)

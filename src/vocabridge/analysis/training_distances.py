@@ -101,11 +101,11 @@ def distances_json(training: DistanceTable, data: StageDistances) -> str:
     return json.dumps(values, indent=2, allow_nan=False)
 
 
-def render_distances(training: DistanceTable, data: StageDistances, *, most_steps: int = 5) -> Table:
+def render_distances(training: DistanceTable, data: StageDistances, *, most_steps: int = 4) -> Table:
     """A measure per line, for a terminal: first, last and evenly spaced steps between them, and the analysed data."""
     title = "Queries and keys: over training (fixed probe set of training examples), and on the analysed data"
-    shown = Table(title=title, title_justify="left")
-    shown.add_column("measure", min_width=14)
+    shown = Table(title=title, title_justify="left", show_edge=False, padding=(0, 0))
+    shown.add_column("measure", min_width=11)
     count = len(training.rows)
     few = min(count, most_steps)
     chosen = [training.rows[k] for k in sorted({round(k * (count - 1) / max(few - 1, 1)) for k in range(few)})]
