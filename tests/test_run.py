@@ -182,6 +182,16 @@ def test_resuming_a_finished_run_trains_no_further(recipe_file, tmp_path):
     assert list(logged_losses(tmp_path / "run")) == [1, 2, 3]
 
 
+def test_a_run_without_a_checkpoint_begins_its_log_anew(recipe_file, tmp_path):
+    """As one that was killed before its first checkpoint."""
+    options = ["training.save_strategy=no"]
+    distill(load_recipe(recipe_file, options))
+    log = tmp_path / "run" / "metrics.jsonl"
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    distill(load_recipe(recipe_file, options), resume=True)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == steps
+
+
 def test_optimizer_settings_cannot_change_on_resume(recipe_file):
     distill(load_recipe(recipe_file))
     with pytest.raises(UserError, match=r"other values of training\.learning_rate"):

@@ -31,7 +31,7 @@ from vocabridge.recipe import Recipe
 from vocabridge.run_record import write_run_record
 from vocabridge.saving import OBJECTIVE_FILE, load_parts, publish, save_student, staged_folder
 from vocabridge.text import Example, iter_examples, read_examples
-from vocabridge.trainer import DistillationTrainer
+from vocabridge.trainer import METRICS_FILE, DistillationTrainer
 from vocabridge.training_arguments import DistillationConfig
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,9 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         partial.replace(run_dir / _RECIPE_FILE)
         write_run_record(run_dir, seed=arguments.seed, objective=recipe.objective.name)
     checkpoint = get_last_checkpoint(str(run_dir)) if resume else None
+    if checkpoint is None and arguments.process_index == 0:
+        # Of a run that was killed before its first checkpoint: its steps are about to be trained again.
+        (run_dir / METRICS_FILE).unlink(missing_ok=True)
     trained = _train(trainer, checkpoint)
     steps = trainer.state.global_step
     if trainer.interrupt.interrupted:
@@ -299,7 +302,8 @@ def _save_final(trainer: DistillationTrainer, run_dir: Path, recipe: Recipe) -> 
 def _evaluate(recipe: Recipe, run_dir: Path, *, overwrite: bool) -> EvaluationResult:
     settings = recipe.evaluation
     assert settings is not None
-    spec = recipe.student.model_copy(update={"model": str(run_dir), "lora": None, "tokenizer": None, "revision": None})
+    changes = {"model": str(run_dir), "dtype": settings.dtype, "lora": None, "tokenizer": None, "revision": None}
+    spec = recipe.student.model_copy(update=changes)
     return evaluate_model(
         spec,
         list(settings.data),
@@ -312,4 +316,5 @@ def _evaluate(recipe: Recipe, run_dir: Path, *, overwrite: bool) -> EvaluationRe
         limit=settings.limit,
         in_domain=list(settings.in_domain) or None,
         overwrite=overwrite,
+        engine=settings.engine,
     )
