@@ -96,7 +96,9 @@ def kl(p_logits: Tensor, q_logits: Tensor, temperature: float) -> Tensor:
     return (p.exp() * (p - q)).sum()
 
 
-def reference_loss(case: DualCase, objective: nn.Module, weights, *, temperature: float, kd_weight: float) -> Tensor:
+def reference_loss(
+    case: DualCase, objective: nn.Module, weights, *, temperature: float, kd_weight: float, top_k: int | None = None
+) -> Tensor:
     """Forward KL in both spaces.
 
     Args:
@@ -106,6 +108,7 @@ def reference_loss(case: DualCase, objective: nn.Module, weights, *, temperature
             the example), the position's own index and side in, a list of scalars out.
         temperature: of the divergences.
         kd_weight: share of distillation.
+        top_k: the teacher's likeliest tokens, which alone are compared in its space.
     """
     student, teacher = case.sides
     total = torch.zeros((), dtype=torch.float64)
@@ -130,7 +133,8 @@ def reference_loss(case: DualCase, objective: nn.Module, weights, *, temperature
                 continue
             mixed = sum(w * objective.student_to_teacher(student.hidden_states[s_at[i]]) for i, w in shares.items())
             own = teacher.head.weight @ teacher.hidden_states[at]
-            total = total + kd_weight * kl(own, teacher.head.weight @ mixed, temperature)
+            kept = own.argsort(descending=True)[:top_k]
+            total = total + kd_weight * kl(own[kept], (teacher.head.weight @ mixed)[kept], temperature)
     return total
 
 

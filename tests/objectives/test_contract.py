@@ -14,7 +14,13 @@ from vocabridge.objectives.base import ForwardPair, ObjectiveSetup
 from vocabridge.pairs import PairCollator, PairTokenizer
 from vocabridge.text import read_examples
 
-pytestmark = pytest.mark.parametrize("name", objective_names())
+CASES = {name: (name, OBJECTIVE_SETTINGS.get(name, {})) for name in objective_names()} | {
+    f"{name}-top_k": (name, {**OBJECTIVE_SETTINGS.get(name, {}), "teacher_top_k": 8})
+    for name in ("dskd_cma", "dskd_eta")
+}
+"""Every objective, and settings that take another path through one."""
+
+pytestmark = pytest.mark.parametrize(("name", "settings"), CASES.values(), ids=CASES)
 
 
 ALIGNED_OTHERWISE = {"dskd_cma", "cdm", "multilevel_ot", "mined"}
@@ -24,7 +30,7 @@ ALIGNED_OTHERWISE = {"dskd_cma", "cdm", "multilevel_ot", "mined"}
 class World:
     """Both models, one objective, and the rows under both tokenizers."""
 
-    def __init__(self, name, student_tokenizer, teacher_tokenizer):
+    def __init__(self, name, settings, student_tokenizer, teacher_tokenizer):
         if "same_tokenizer" in objective_info(name).config_class.needs:
             teacher_tokenizer = student_tokenizer
         self.student, self.teacher = student_model(student_tokenizer), teacher_model(teacher_tokenizer)
@@ -33,7 +39,7 @@ class World:
         self.pad_ids = (student_tokenizer.pad_token_id, teacher_tokenizer.pad_token_id)
         torch.manual_seed(0)
         self.objective = objective_class(name)(
-            objective_info(name).config_class(**OBJECTIVE_SETTINGS.get(name, {})),
+            objective_info(name).config_class(**settings),
             ObjectiveSetup(
                 student_hidden_size=32,
                 student_embedding=self.student.get_input_embeddings(),
@@ -84,8 +90,8 @@ class World:
 
 
 @pytest.fixture
-def world(name, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
-    return World(name, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer)
+def world(name, settings, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
+    return World(name, settings, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer)
 
 
 def assert_same(first, second):

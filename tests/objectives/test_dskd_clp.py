@@ -44,20 +44,61 @@ def test_weights_are_the_published_ones(golden):
 
 
 @pytest.mark.parametrize("vocabularies", [(5, 9), (9, 5)])
-def test_loss_and_gradients_against_loops(vocabularies):
+@pytest.mark.parametrize("top_k", [None, 2, 4])
+def test_loss_and_gradients_against_loops(vocabularies, top_k):
     case = cases.DualCase(vocabularies=vocabularies, seed=1)
-    objective = build(case, temperature=1.5, kd_weight=0.7)
+    objective = build(case, temperature=1.5, kd_weight=0.7, teacher_top_k=top_k)
     terms = objective(case.pair, case.batch())
     right = terms["student_space"].metrics["t2s_accuracy"]
     assert 0 < float(right.sum) < float(right.count) == 10
     loss = sum(term.sum for term in terms.values())
-    expected = cases.reference_loss(case, objective, uniform, temperature=1.5, kd_weight=0.7)
+    expected = cases.reference_loss(case, objective, uniform, temperature=1.5, kd_weight=0.7, top_k=top_k)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0.0)
     ours, reference = (case.gradients(value, objective) for value in (3 * loss, 3 * expected))
     assert ours.keys() == reference.keys()
     for name, gradient in reference.items():
         assert float(gradient.abs().max()) > 0
         torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-11)
+
+
+def test_teacher_top_k_of_the_whole_vocabulary_changes_nothing_and_a_smaller_one_is_measured():
+    case = cases.DualCase(seed=1)
+    found = {}
+    for top_k in (None, 9, 20, 3):
+        objective = build(case, teacher_top_k=top_k)
+        terms = objective(case.pair, case.batch())
+        gradients = case.gradients(sum(term.sum for term in terms.values()), objective)
+        found[top_k] = (terms, gradients)
+    for top_k in (9, 20):
+        for name, gradient in found[None][1].items():
+            assert torch.equal(found[top_k][1][name], gradient), name
+        assert torch.equal(found[top_k][0]["teacher_space"].sum, found[None][0]["teacher_space"].sum)
+    whole, cut = (found[top_k][0]["teacher_space"].metrics for top_k in (None, 3))
+    assert set(cut) == set(whole) | {"teacher_top_mass"}
+    covered = [0, 1, 2, 4, 5, 6, 7, 8, 9]  # see CHUNKS
+    theirs = case.sides[1].head(case.sides[1].hidden_states[covered]) / 2.0  # the default temperature
+    mass = sum(float(row.softmax(-1).sort(descending=True).values[:3].sum()) for row in theirs)
+    assert float(cut["teacher_top_mass"].sum) == pytest.approx(mass)
+    assert int(cut["teacher_top_mass"].count) == len(covered)
+
+
+def test_accuracy_among_kept_tokens_finds_the_label():
+    case = cases.DualCase(seed=2)
+    case.sides[1] = replace(case.sides[1], labels=case.sides[1].head(case.sides[1].hidden_states).argmax(-1))
+    metrics = build(case, teacher_top_k=2)(case.pair, case.batch())["teacher_space"].metrics
+    objective = build(case)
+    chunks = chunk_rows(
+        case.sides[0].rows, case.batch()["chunk_ids"], case.sides[1].rows, case.batch()["teacher_chunk_ids"]
+    )
+    mixed = ChunkMeans(chunks).to_teacher(objective.student_to_teacher(case.sides[0].hidden_states))
+    expected = 0
+    for row in [0, 1, 2, 4, 5, 6, 7, 8, 9]:
+        own = case.sides[1].head(case.sides[1].hidden_states[row])
+        first, second = own.argsort(descending=True)[:2].tolist()
+        projected = case.sides[1].head(mixed[row])
+        expected += bool(projected[first] > projected[second])
+    assert 0 < expected < 9
+    assert float(metrics["s2t_accuracy"].sum) == expected
 
 
 def test_positions_without_a_counterpart_add_nothing_but_their_cross_entropy():

@@ -109,24 +109,28 @@ def reference(pair, objective, targets, config):
         own = 0.5 * (pair.weight @ pair.hidden[i] + pair.bias)
         in_student = 0.5 * (frozen @ (to_student.weight @ pair.teacher_hidden[j] + to_student.bias) + frozen_bias)
         in_teacher = 2.0 * (teacher_weight @ (to_teacher.weight @ pair.hidden[i] + to_teacher.bias))
+        kept = theirs.argsort(descending=True)[: config["teacher_top_k"]]
         total = total - kd_weight * in_student.log_softmax(-1)[target]
         agrees = int(in_student.argmax()) == target
         agreeing += agrees
         if agrees or config["t2s_target"] == "label":
             constant = (in_student.detach() / temperature).softmax(-1)
             total = total + kd_weight * kl(constant, (own / temperature).softmax(-1))
-        total = total + kd_weight * kl((in_teacher / temperature).softmax(-1), (theirs / temperature).softmax(-1))
+        total = total + kd_weight * kl(
+            (in_teacher[kept] / temperature).softmax(-1), (theirs[kept] / temperature).softmax(-1)
+        )
     return total, taught, agreeing
 
 
 @pytest.mark.parametrize(("v_s", "v_t"), [(9, 13), (13, 9)])
 @pytest.mark.parametrize("t2s_target", ["label", "teacher_argmax"])
-def test_value_and_every_gradient_by_loops(v_s, v_t, t2s_target):
+@pytest.mark.parametrize("teacher_top_k", [None, 2, 4])
+def test_value_and_every_gradient_by_loops(v_s, v_t, t2s_target, teacher_top_k):
     pair = Pair(v_s, v_t)
     predicted = pair.teacher_predictions()
     assert predicted == [5, 6, 7, 8]
     pair.teacher_labels = torch.tensor([0, 1, 2, 3, 4, 8])
-    config = {"t2s_target": t2s_target, "kd_weight": 0.3, "temperature": 1.5}
+    config = {"t2s_target": t2s_target, "kd_weight": 0.3, "temperature": 1.5, "teacher_top_k": teacher_top_k}
     objective = pair.objective(**config, **LEARNED)
     projected = objective.teacher_to_student(pair.teacher_hidden[PAIRS.teacher]) @ pair.weight.T + pair.bias
     targets = torch.full((v_t,), -1)
@@ -146,6 +150,43 @@ def test_value_and_every_gradient_by_loops(v_s, v_t, t2s_target):
         assert float(theirs.abs().max()) > 0
         torch.testing.assert_close(mine, theirs)
     assert torch.autograd.grad(term.sum, pair.teacher_weight, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("t2s_target", ["label", "teacher_argmax"])
+def test_teacher_top_k_of_the_whole_vocabulary_changes_nothing_and_a_smaller_one_is_measured(t2s_target):
+    pair = Pair(9, 13)
+    pair.teacher_labels = torch.tensor([0, 5, 2, 3, 7, 8])
+    targets = torch.arange(13).clamp(max=8)
+    leaves = [pair.hidden, pair.weight, pair.bias]
+    found = {}
+    for top_k in (None, 13, 100, 3):
+        objective = pair.objective(targets, **LEARNED, t2s_target=t2s_target, teacher_top_k=top_k)
+        (term,) = objective.paired_terms(pair.forward, PAIRS).values()
+        found[top_k] = (term, torch.autograd.grad(term.sum, [*leaves, *objective.parameters()]))
+    whole, gradients = found[None]
+    for top_k in (13, 100):
+        assert torch.equal(found[top_k][0].sum, whole.sum)
+        assert all(torch.equal(*pairs) for pairs in zip(found[top_k][1], gradients, strict=True))
+    cut = found[3][0].metrics
+    same = {"cross_entropy", "student_accuracy", "t2s_cross_entropy", "t2s_divergence", "t2s_accuracy", "coverage"}
+    assert (
+        set(cut)
+        == set(whole.metrics) | {"teacher_top_mass"}
+        == same
+        | {
+            "s2t_divergence",
+            "s2t_accuracy",
+            "teacher_top_mass",
+        }
+    )
+    for name in same:
+        torch.testing.assert_close(
+            torch.as_tensor(cut[name].sum), torch.as_tensor(whole.metrics[name].sum), msg=lambda m, n=name: f"{n}: {m}"
+        )
+    theirs = pair.teacher_head(pair.teacher_hidden[PAIRS.teacher]).detach() / 2.0  # the default temperature
+    mass = sum(float(row.softmax(-1).sort(descending=True).values[:3].sum()) for row in theirs)
+    assert float(cut["teacher_top_mass"].sum) == pytest.approx(mass)
+    assert int(cut["teacher_top_mass"].count) == 4
 
 
 def test_student_head_is_trained_through_its_own_logits_alone():

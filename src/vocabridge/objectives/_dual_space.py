@@ -7,6 +7,8 @@ student state (or none). W, W' heads, z, z' own logits, y labels, D a divergence
     student space: z_ts = (projected teacher) sg(W)^T     CE(z_ts, y) + [argmax z_ts = y] D(z, sg(z_ts))
     teacher space: z_st = (projected student) W'^T        KL(softmax z' || softmax z_st)
 
+With ``teacher_top_k`` the two logits of the teacher's space hold the teacher's k likeliest tokens of each row only.
+
 Axis letters: N / M packed student / teacher positions, n rows of a chunk of either, d, D hidden sizes.
 """
 
@@ -20,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from vocabridge.losses.chunked_head import chunked_head_loss
+from vocabridge.losses.chunked_head import ChunkedLoss, HeadInput, chunked_head_loss
 from vocabridge.losses.cross_attention import scalar_std
 from vocabridge.losses.divergences import forward_kl
+from vocabridge.losses.vocabulary_cut import TopTokens, logits_at, top_tokens
 from vocabridge.models.forward import SideForward
 from vocabridge.objectives._divergence import row_divergence
 from vocabridge.objectives.base import LossTerm, Objective, ObjectiveSetup, Ratio, head_input
-from vocabridge.objectives.config import DivergenceConfig, DualSpaceConfig
+from vocabridge.objectives.config import DualSpaceConfig, TwoSpaceConfig
 
 RowLists = tuple[list[Tensor], list[Tensor]]
 """Losses ``[n]`` each and metrics ``[n]`` each."""
@@ -42,11 +45,13 @@ class DualSpaceLosses:
     """Of the divergence in the teacher's space."""
     kd_weight: float
     """Share of all terms but cross-entropy on the student's own logits, which has the rest."""
+    teacher_top_k: int | None
+    """Tokens of each row that the teacher's space compares; None: all."""
 
     @classmethod
-    def of(cls, config: DivergenceConfig) -> DualSpaceLosses:
+    def of(cls, config: TwoSpaceConfig) -> DualSpaceLosses:
         """Bound to an objective's settings."""
-        return cls(row_divergence(config), config.temperature, config.kd_weight)
+        return cls(row_divergence(config), config.temperature, config.kd_weight, config.teacher_top_k)
 
     def student_rows(self, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> RowLists:
         """Of (own, projected) logits: both cross-entropies, and the divergence where projected is right."""
@@ -102,17 +107,35 @@ class DualSpaceLosses:
             num_student_tokens: N. The term is summed over teacher positions but divided by student positions, as
                 published: the weight between the two spaces then follows the lengths of the two tokenizations.
         """
-        result = chunked_head_loss(
-            self.teacher_rows,
-            [head_input(teacher, projected.to(teacher.hidden_states.dtype), train_head=False), head_input(teacher)],
-            [teacher.labels, covered],
-            weights=[self.kd_weight],
-        )
+        states = head_input(teacher, projected.to(teacher.hidden_states.dtype), train_head=False)
+        kept = self.kept_tokens(head_input(teacher))
+        rows = [teacher.labels, covered]
+        if kept is None:
+            result = chunked_head_loss(self.teacher_rows, [states, head_input(teacher)], rows, weights=[self.kd_weight])
+        else:
+            result = self._over_kept(states, kept, rows)
+        count = covered.sum()
         metrics = {
             "s2t_divergence": Ratio(result.sums[0], num_student_tokens),
-            "s2t_accuracy": Ratio(result.metrics[0], covered.sum()),
+            "s2t_accuracy": Ratio(result.metrics[0], count),
         }
+        if kept is not None:
+            metrics["teacher_top_mass"] = Ratio((kept.mass * covered).sum(), count)
         return LossTerm(result.total, num_student_tokens, metrics=metrics)
+
+    def kept_tokens(self, teacher: HeadInput) -> TopTokens | None:
+        """What is compared of each row of the teacher, or None where that is its whole vocabulary."""
+        if self.teacher_top_k is None or self.teacher_top_k >= len(teacher.weight):
+            return None
+        return top_tokens(teacher, self.teacher_top_k, temperature=self.temperature)
+
+    def _over_kept(self, states: HeadInput, kept: TopTokens, rows: list[Tensor]) -> ChunkedLoss:
+        """The rows' losses with the kept tokens for a vocabulary; their logits are few enough to exist at once."""
+        labels, covered = rows
+        losses, metrics = self.teacher_rows((logits_at(states, kept.ids), kept.logits), (kept.places(labels), covered))
+        (total,), (right,) = losses, metrics
+        sums = total.sum()
+        return ChunkedLoss(self.kd_weight * sums, sums.detach()[None], right.sum()[None])
 
 
 class Mixing(Protocol):
@@ -136,7 +159,7 @@ class Mixing(Protocol):
 class DualSpace(Objective):
     """Base of the methods with two learned affine maps between the models' last hidden states."""
 
-    def __init__(self, config: DivergenceConfig, setup: ObjectiveSetup):
+    def __init__(self, config: TwoSpaceConfig, setup: ObjectiveSetup):
         super().__init__(config, setup)
         assert setup.teacher_hidden_size is not None
         self.teacher_to_student = nn.Linear(setup.teacher_hidden_size, setup.student_hidden_size)

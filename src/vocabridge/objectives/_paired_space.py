@@ -7,7 +7,8 @@ heads W, W', own logits z, z', labels y, projectors P, a divergence D and sg the
     teacher space: z_st = P_st(h_i) W'^T         D'(z_st, z'_j)
 
 over pairs that have a target t: the label y_i (DSKD), or the student's id of argmax z'_j where there is one (DSKDv2;
-then D counts only where argmax z_ts = t). W is trained through z alone. P_st is learned, or recomputed from W.
+then D counts only where argmax z_ts = t). W is trained through z alone. P_st is learned, or recomputed from W. With
+``teacher_top_k`` D' compares the teacher's k likeliest tokens of each row only.
 
 Axis letters: N / M packed student / teacher positions, n pairs, V_s / V_t vocabularies, d / D hidden sizes.
 """
@@ -16,14 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from vocabridge.errors import UserError
+from vocabridge.losses.chunked_head import HeadInput
 from vocabridge.losses.overlap_projection import AffineMap, overlap_projection, pseudo_inverse_rows
-from vocabridge.losses.paired_rows import PairedLoss, paired_rows_loss
+from vocabridge.losses.paired_rows import PairedLoss, head_at, paired_rows_loss
+from vocabridge.losses.vocabulary_cut import TopTokens, logits_at
 from vocabridge.models.heads import OutputHead
 from vocabridge.objectives._columns import shared_columns
 from vocabridge.objectives._dual_space import DualSpace
@@ -163,23 +167,37 @@ class PairedSpace(DualSpace):
         """One term ``dual_space``, in nats: cross-entropy on all N positions, the three losses over the pairs."""
         student, teacher = pair.student, require_teacher(pair)
         self._follow_student_head(student.head)
-        in_student_space = _project(self.teacher_to_student, teacher.hidden_states[pairs.teacher])
-        in_teacher_space = _project(self.student_to_teacher, student.hidden_states[pairs.student])
-        result = paired_rows_loss(
+        in_student_space = head_input(
+            student, _project(self.teacher_to_student, teacher.hidden_states[pairs.teacher]), train_head=False
+        )
+        in_teacher_space = head_input(
+            teacher, _project(self.student_to_teacher, student.hidden_states[pairs.student]), train_head=False
+        )
+        labels, teacher_labels = student.labels[pairs.student], teacher.labels[pairs.teacher]
+        loss = partial(
+            paired_rows_loss,
             head_input(student),
             student.labels,
-            head_input(teacher),
             student_index=pairs.student,
-            teacher_index=pairs.teacher,
-            row_losses=self._rows,
             weights=[1.0, 1.0, 1.0],
             kd_weight=self.config.kd_weight,
-            rows=[student.labels[pairs.student], teacher.labels[pairs.teacher]],
-            projected=[
-                head_input(student, in_student_space, train_head=False),
-                head_input(teacher, in_teacher_space, train_head=False),
-            ],
         )
+        kept = self.losses.kept_tokens(head_at(head_input(teacher), pairs.teacher))
+        if kept is None:
+            result = loss(
+                head_input(teacher),
+                teacher_index=pairs.teacher,
+                row_losses=self._rows,
+                rows=[labels, teacher_labels],
+                projected=[in_student_space, in_teacher_space],
+            )
+        else:  # what counts of the teacher's own logits is kept, so its projected states take their place
+            result = loss(
+                in_student_space,
+                teacher_index=torch.arange(len(labels), device=labels.device),
+                row_losses=self._kept_rows,
+                rows=self._over_kept(kept, in_teacher_space, labels=labels, teacher_labels=teacher_labels),
+            )
         return {
             "dual_space": LossTerm(result.total, len(student.labels), metrics=self._metrics(result, student.labels))
         }
@@ -187,36 +205,62 @@ class PairedSpace(DualSpace):
     def _rows(self, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         own, teacher, in_student_space, in_teacher_space = logits
         labels, teacher_labels = rows
-        targets = self._targets(teacher, labels, teacher_labels)
+        return self._both_spaces(
+            own,
+            in_student_space,
+            targets=self._targets(teacher.argmax(-1), labels, teacher_labels),
+            divergence=self.teacher_divergence(in_teacher_space, teacher),
+            right=in_teacher_space.detach().argmax(-1) == teacher_labels,
+        )
+
+    def _over_kept(
+        self, kept: TopTokens, in_teacher_space: HeadInput, *, labels: Tensor, teacher_labels: Tensor
+    ) -> list[Tensor]:
+        """Targets, divergences in the teacher's space, hits there and the teacher's kept mass, ``[n]`` each."""
+        logits = logits_at(in_teacher_space, kept.ids)
+        targets = self._targets(kept.ids[:, 0], labels, teacher_labels)
+        right = logits.detach().argmax(-1) == kept.places(teacher_labels)
+        return [targets, self.teacher_divergence(logits, kept.logits), right, kept.mass]
+
+    def _kept_rows(self, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        own, in_student_space = logits
+        targets, divergence, right, mass = rows
+        losses, metrics = self._both_spaces(own, in_student_space, targets=targets, divergence=divergence, right=right)
+        return losses, [*metrics, mass * (targets != NO_ID)]
+
+    def _both_spaces(
+        self, own: Tensor, in_student_space: Tensor, *, targets: Tensor, divergence: Tensor, right: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
         has_target = targets != NO_ID
         agrees = in_student_space.detach().argmax(-1) == targets
         counts = has_target if self.config.t2s_target == "label" else agrees
         losses = [
             cross_entropy(in_student_space, targets, reduction="none", ignore_index=NO_ID),
             self.losses.divergence(own, in_student_space.detach()) * counts,
-            self.teacher_divergence(in_teacher_space, teacher) * has_target,
+            divergence * has_target,
         ]
-        right = in_teacher_space.detach().argmax(-1) == teacher_labels
         return losses, [has_target.float(), agrees.float(), (right & has_target).float()]
 
-    def _targets(self, teacher_logits: Tensor, labels: Tensor, teacher_labels: Tensor) -> Tensor:
+    def _targets(self, predicted: Tensor, labels: Tensor, teacher_labels: Tensor) -> Tensor:
         if self.config.t2s_target == "label":
             return labels
-        predicted = teacher_logits.argmax(-1)
         # The two labels of a pair are the same token, also where no map knows it: the end tokens.
         return torch.where(predicted == teacher_labels, labels, self.targets[predicted])
 
     def _metrics(self, result: PairedLoss, labels: Tensor) -> dict[str, Ratio]:
         count = len(labels)
-        taught, agreeing, right = result.metrics
+        taught, agreeing, right, *mass = result.metrics
         names = ["t2s_cross_entropy", "t2s_divergence", "s2t_divergence"]
-        return {
+        metrics = {
             **result.reference,
             **{name: Ratio(value, count) for name, value in zip(names, result.sums, strict=True)},
             "t2s_accuracy": Ratio(agreeing, taught),
             "s2t_accuracy": Ratio(right, taught),
             "coverage": coverage_ratio(self.name, taught, count),
         }
+        if mass:
+            metrics["teacher_top_mass"] = Ratio(mass[0], taught)
+        return metrics
 
 
 def _make_constant(projector: nn.Linear) -> None:

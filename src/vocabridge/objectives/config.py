@@ -70,11 +70,22 @@ class DivergenceConfig(KdConfig):
         return self
 
 
-class DualSpaceConfig(DivergenceConfig):
+class TwoSpaceConfig(DivergenceConfig):
+    """Of an objective with a loss in the output space of either model."""
+
+    cost: ClassVar[Cost] = "both heads twice"
+
+    teacher_top_k: int | None = Field(None, ge=2)
+    """Compare in the teacher's space only the teacher's k likeliest tokens of each position, both sides renormalised.
+
+    Saves two of the three products with the teacher's head; what is ignored stands in
+    :mod:`vocabridge.losses.vocabulary_cut`. Default: the whole vocabulary."""
+
+
+class DualSpaceConfig(TwoSpaceConfig):
     """Of an objective that mixes projected hidden states of one model into the positions of the other."""
 
     needs: ClassVar[tuple[str, ...]] = ("teacher", "tokenizers", "chunks")
-    cost: ClassVar[Cost] = "both heads twice"
 
     value: Literal["hidden_and_label", "hidden"] = "hidden_and_label"
     """What the teacher's values hold; ``hidden`` leaves out the embedding of its label, so that it cannot be copied."""
@@ -98,10 +109,8 @@ class CrossAttentionConfig(DualSpaceConfig):
         return self
 
 
-class PairedSpaceConfig(DivergenceConfig):
+class PairedSpaceConfig(TwoSpaceConfig):
     """Of an objective that projects hidden states between both models at pairs of positions."""
-
-    cost: ClassVar[Cost] = "both heads twice"
 
     projector_start: Literal["random", "pseudo_inverse"] = "pseudo_inverse"
     """``pseudo_inverse``: projected states begin with the logits nearest those before, over shared tokens."""
