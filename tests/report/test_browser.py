@@ -66,7 +66,7 @@ def test_nothing_from_data_becomes_an_element(browser: Chrome, pages: Path) -> N
     )
     assert browser.execute_script(script) == [0, 0]
     # Plotly shows the label as it was written instead of taking it for markup.
-    names = browser.execute_script("return reportData.figures['difference-rouge_l'].layout.yaxis.ticktext")
+    names = browser.execute_script("return charts.figures['difference-rouge_l'].layout.yaxis.ticktext")
     ticks = [tick.text for tick in browser.find_elements(By.CSS_SELECTOR, "[data-figure='difference-rouge_l'] .ytick")]
     assert len(names) == 2
     assert ticks == [name.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&") for name in names]

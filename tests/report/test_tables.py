@@ -175,6 +175,7 @@ def test_cost_is_of_training_where_the_log_has_it(report: Report) -> None:
 def test_memory_and_tokens_are_shown_where_logged(tmp_path: Path) -> None:
     report_cases.write_run(tmp_path, seed=0)
     facts = {
+        "before_init_mem_cpu": 2e8,
         "train_mem_cpu_alloc_delta": 1e8,
         "train_mem_cpu_peaked_delta": 4e8,
         "num_input_tokens_seen": 12345,
@@ -184,7 +185,7 @@ def test_memory_and_tokens_are_shown_where_logged(tmp_path: Path) -> None:
         stream.write(json.dumps(facts) + "\n")
     table = cost_table(collect(tmp_path))
     assert table is not None
-    assert texts(table)[0][2:6] == ["0.500", "30 s", "500 MB", "12,345"]
+    assert texts(table)[0][2:6] == ["0.500", "30 s", "700 MB", "12,345"]
 
 
 def test_recipes_name_what_differs(report: Report) -> None:

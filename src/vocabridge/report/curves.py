@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-MAX_POINTS = 150
+MAX_POINTS = 100
 """Most points of a curve; a longer one is averaged over so many stretches of equal length."""
 
 

@@ -17,8 +17,8 @@ from .view import MISSING, Cell, Table, number, words
 from .wording import plain
 
 _MOST_CHUNK_SIZES = 8
-_PEAKS = ("train_mem_gpu_peaked_delta", "train_mem_cpu_peaked_delta")
-_ALLOCATED = ("train_mem_gpu_alloc_delta", "train_mem_cpu_alloc_delta")
+_MEMORY = ("before_init_mem_{}", "init_mem_{}_alloc_delta", "train_mem_{}_alloc_delta", "train_mem_{}_peaked_delta")
+"""What ``skip_memory_metrics: false`` logs in bytes; the highest level while training is their sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +105,12 @@ def _seconds_per_step(run: Run) -> float | None:
 
 
 def _peak_memory(run: Run) -> float | None:
-    """What ``skip_memory_metrics: false`` logs: allocated and freed again on top."""
-    for peak, allocated in zip(_PEAKS, _ALLOCATED, strict=True):
-        if points := run.log.get(peak):
-            step = max(points)
-            return points[step] + run.log.get(allocated, {}).get(step, 0.0)
+    """Of the device where one was measured, else of the process."""
+    for device in ("gpu", "cpu"):
+        parts = [run.log.get(name.format(device), {}) for name in _MEMORY]
+        if parts[-1]:
+            step = max(parts[-1])
+            return sum(points.get(step, 0.0) for points in parts)
     return None
 
 

@@ -83,7 +83,11 @@ def _unit(last: str, prefix: str) -> str:
 
 
 def _place(prefix: str, last: str) -> Place:
-    if last in _NOWHERE or last.startswith("train_") or last.endswith(("_runtime", "_per_second")):
+    if (
+        last in _NOWHERE
+        or last.startswith(("train_", "init_", "before_init_"))
+        or last.endswith(("_runtime", "_per_second"))
+    ):
         return "nowhere"
     if prefix.startswith("probe"):
         return "distance"

@@ -1,7 +1,7 @@
 """The page: templates filled, plotly embedded once and compressed, a content security policy that allows no network.
 
 Only the two scripts whose hashes the policy names can run, so nothing that comes from data can become one, even if an
-escape were missing. Plotly is unpacked by the page itself, which takes a browser of 2023 or newer.
+escape were missing. Plotly and the charts' data are unpacked by the page itself, in a browser of 2023 or newer.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import json
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -19,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from .collect import PAIR_FILE, Report
+from .curves import MAX_POINTS
 from .facts import commands, cost_table, environment_table, flat_recipe, pair_tables, recipes
 from .figures import line_styles
 from .probe_tables import cloud_charts, heatmap_browser, probe_tables
@@ -73,7 +76,8 @@ def render_page(report: Report, *, now: datetime | None = None) -> str:
             environment=environment_table(report),
             commands=commands(report),
             styles=styles,
-            data={"figures": _figures(charts), "heatmaps": browser.data},
+            max_points=MAX_POINTS,
+            data=_packed(_json({"figures": _figures(charts), "heatmaps": browser.data})),
             css=Markup(_asset("report.css")),
             script=script,
             plotly=plotly.packed,
@@ -98,38 +102,42 @@ def _models(report: Report) -> list[str]:
 
 
 def _environment() -> Environment:
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("vocabridge.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.policies["json.dumps_kwargs"] = {
-        "allow_nan": False,
-        "ensure_ascii": False,
-        "separators": (",", ":"),
-    }
-    return environment
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 
 
 def _asset(name: str) -> str:
     return files("vocabridge.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
+@dataclass(frozen=True, slots=True)
 class _Plotly:
-    """Plotly's script as text and as gzip in base64."""
+    """Plotly's script."""
 
-    def __init__(self, text: str):
-        self.text = text
-        self.packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    text: str
+    packed: str
 
 
 @cache
 def _plotly() -> _Plotly:
     from plotly.offline import get_plotlyjs
 
-    return _Plotly(get_plotlyjs())
+    text = get_plotlyjs()
+    return _Plotly(text, _packed(text))
+
+
+def _packed(text: str) -> str:
+    """Gzip in base64: small, and without a character that means anything in HTML."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _policy(*scripts: str) -> str:

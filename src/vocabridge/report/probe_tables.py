@@ -12,8 +12,8 @@ from .collect import Report, Run
 from .figures import cloud_figure
 from .view import MISSING, Cell, Chart, Table, number, with_interval, words
 
-MAX_HEATMAP_CHARS = 1_200_000
-"""Of all heatmaps together as JSON, so that a page stays below a few megabytes."""
+MAX_HEATMAP_CHARS = 2_000_000
+"""Of all heatmaps together as JSON, which is packed to about a fifth; so that a page stays below a few megabytes."""
 MAX_CLOUDS = 12
 
 _CLOUD_CAPTION = (

@@ -196,4 +196,17 @@ class HeatmapBrowser {
   }
 }
 
-if (reportData.heatmaps.length) new HeatmapBrowser(reportData.heatmaps);
+// --- start ------------------------------------------------------------------------------------------------------------
+
+async function start() {
+  const data = JSON.parse(await unpack("data-packed"));
+  if (data.heatmaps.length) new HeatmapBrowser(data.heatmaps);
+  await charts.loadPlotly();
+  charts.start(data.figures);
+}
+
+start().catch((error) => {
+  const trouble = document.getElementById("trouble");
+  trouble.textContent = `The charts cannot be drawn in this browser (${error.message}).`;
+  trouble.hidden = false;
+});

@@ -1,6 +1,12 @@
 "use strict";
 
-const reportData = JSON.parse(document.getElementById("report-data").textContent);
+async function unpack(name) {
+  const packed = document.getElementById(name);
+  const bytes = Uint8Array.from(atob(packed.textContent), (letter) => letter.charCodeAt(0));
+  packed.remove();
+  const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(unpacked).text();
+}
 
 // --- light and dark ---------------------------------------------------------------------------------------------------
 
@@ -61,13 +67,9 @@ const charts = {
   },
 
   async loadPlotly() {
-    const packed = document.getElementById("plotly-packed");
-    const bytes = Uint8Array.from(atob(packed.textContent), (letter) => letter.charCodeAt(0));
-    const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     const script = document.createElement("script");
-    script.textContent = await new Response(unpacked).text();
+    script.textContent = await unpack("plotly-packed");
     document.head.append(script);
-    packed.remove();
   },
 
   isShown(trace) {
@@ -76,7 +78,7 @@ const charts = {
   },
 
   draw(place) {
-    const figure = reportData.figures[place.dataset.figure];
+    const figure = this.figures[place.dataset.figure];
     for (const trace of figure.data) trace.visible = this.isShown(trace);
     Plotly.react(place, figure.data, figure.layout, this.config);
     place.dataset.drawn = "yes";
@@ -101,7 +103,8 @@ const charts = {
     for (const place of document.querySelectorAll(".chart[data-drawn]")) this.draw(place);
   },
 
-  start() {
+  start(figures) {
+    this.figures = figures;
     this.seeds = document.getElementById("seeds");
     const boxes = [...document.querySelectorAll("[data-variant]")];
     this.variants = new Map(boxes.map((box) => [box.dataset.variant, box.checked]));
@@ -127,9 +130,3 @@ const charts = {
     this.drawAll();
   },
 };
-
-charts.loadPlotly().then(() => charts.start()).catch((error) => {
-  const trouble = document.getElementById("trouble");
-  trouble.textContent = `The charts cannot be drawn in this browser (${error.message}).`;
-  trouble.hidden = false;
-});
