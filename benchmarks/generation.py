@@ -16,7 +16,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import material
 from harness import Bar, Row, interleaved, parse, parser, report
-from vocabridge.evaluation.generation import GenerationSettings, generate_bucket, inference, length_buckets
+from vocabridge.evaluation.engine import GenerationSettings, OutputTokens
+from vocabridge.evaluation.generation import TransformersEngine, inference
 from vocabridge.models.loading import load_model, load_tokenizer, vocabulary_size
 from vocabridge.models.spec import Dtype, ModelSpec
 from vocabridge.prompts import PromptRenderer
@@ -91,17 +92,10 @@ class Generator:
 
     def batched(self) -> None:
         """As ``vocabridge evaluate`` does it."""
+        engine = TransformersEngine(self.model, self.settings, OutputTokens((self.end_token_id,), self.vocab_size))
         total = 0
-        for indices in length_buckets([len(prompt) for prompt in self.prompts], self.settings.batch_size):
-            found = generate_bucket(
-                self.model,
-                self.prompts,
-                indices=indices,
-                settings=self.settings,
-                seed=0,
-                end_token_ids=[self.end_token_id],
-                vocab_size=self.vocab_size,
-            )
+        for indices in engine.batches([len(prompt) for prompt in self.prompts]):
+            found = engine.generate(self.prompts, indices=indices, seed=0)
             total += sum(len(generation.token_ids) + generation.finished for generation in found)
         self.new_tokens["batched"] = total
 

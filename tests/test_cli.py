@@ -252,6 +252,7 @@ def test_evaluate_takes_several_words_after_an_option(vocabridge: Command) -> No
             "limit": 3,
             "in_domain": ["a", "b"],
             "overwrite": False,
+            "engine": "transformers",
         }
     ]
 
@@ -293,7 +294,7 @@ def test_commands_call_what_exists() -> None:
 
     assert set(inspect.signature(distill).parameters) == {"recipe", "resume", "overwrite"}
     names = {"spec", "data", "output_dir", "seeds", "max_new_tokens", "temperature", "top_p", "batch_size", "limit"}
-    assert set(inspect.signature(evaluate_model).parameters) == {*names, "in_domain", "overwrite"}
+    assert set(inspect.signature(evaluate_model).parameters) == {*names, "in_domain", "overwrite", "engine"}
 
 
 # --- inspect-pair ----------------------------------------------------------------------------------------------------

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-import vocabridge.evaluation.responses as responses
+import fake_vllm
 from tiny_pair import ROWS, student_model
 from vocabridge import cli
 from vocabridge.errors import UserError
-from vocabridge.evaluation.generation import GenerationSettings
+from vocabridge.evaluation.engine import GenerationSettings
+from vocabridge.evaluation.generation import TransformersEngine
 from vocabridge.generate_data import generate_data
 from vocabridge.models.spec import ModelSpec
 from vocabridge.text import parse_row, read_examples, row_with_response
@@ -89,15 +91,15 @@ def test_an_interrupted_generation_goes_on_to_the_same_rows(teacher, prompts, tm
             raise KeyboardInterrupt
         return bucket(*args, **kwargs)
 
-    bucket = responses.generate_bucket
+    bucket = TransformersEngine.generate
     with monkeypatch.context() as patch:
-        patch.setattr(responses, "generate_bucket", stop_at_fourth)
+        patch.setattr(TransformersEngine, "generate", stop_at_fourth)
         with pytest.raises(KeyboardInterrupt):
             generate_data(teacher, prompts, resumed, seeds=(1, 2), settings=SAMPLED, overwrite=overwrite)
     assert not resumed.exists()
     again = []
     monkeypatch.setattr(
-        responses, "generate_bucket", lambda *args, **kwargs: again.append(1) or bucket(*args, **kwargs)
+        TransformersEngine, "generate", lambda *args, **kwargs: again.append(1) or bucket(*args, **kwargs)
     )
     generate_data(teacher, prompts, resumed, seeds=(1, 2), settings=SAMPLED, overwrite=overwrite)
     assert resumed.read_bytes() == whole.read_bytes()
@@ -111,7 +113,7 @@ def test_other_settings_do_not_go_on_from_answers_that_are_there(teacher, prompt
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(responses, "generate_bucket", stop)
+        patch.setattr(TransformersEngine, "generate", stop)
         with pytest.raises(KeyboardInterrupt):
             generate_data(teacher, prompts, output, settings=SAMPLED)
     other = GenerationSettings(max_new_tokens=24, temperature=0.5, batch_size=3)
@@ -140,6 +142,39 @@ def test_no_usable_answer_is_an_error(teacher, prompts, tmp_path):
     assert not (tmp_path / "x.jsonl").exists()
     # The message advises another length.
     assert generate_data(teacher, prompts, tmp_path / "x.jsonl", settings=SAMPLED).num_rows > 0
+
+
+def test_vllm_answers_as_transformers_does(teacher, prompts, tmp_path, monkeypatch):
+    calls = fake_vllm.install(monkeypatch)
+    greedy = GenerationSettings(max_new_tokens=24, temperature=0)
+    teacher = ModelSpec(model=teacher.model, dtype="float32")
+    plain, served = tmp_path / "plain.jsonl", tmp_path / "served.jsonl"
+    generate_data(teacher, prompts, plain, settings=greedy)
+    generate_data(teacher, prompts, served, settings=greedy, engine="vllm")
+    assert served.read_bytes() == plain.read_bytes()
+    assert calls.batches == [len(ROWS)]
+    assert (calls.models[0]["model"], calls.models[0]["dtype"]) == (teacher.model, "float32")
+    sampled = generate_data(teacher, prompts, tmp_path / "x.jsonl", seeds=(1, 2), settings=SAMPLED, engine="vllm")
+    assert sampled.num_rows + sampled.num_empty + sampled.num_unfinished == 2 * len(ROWS)
+    seeds = [params.seed for params in calls.params[len(ROWS) :]]
+    assert len(set(seeds)) == 2 * len(ROWS)
+
+
+def test_answers_of_one_engine_do_not_go_on_with_the_other(teacher, prompts, tmp_path, monkeypatch):
+    calls = fake_vllm.install(monkeypatch)
+    teacher = ModelSpec(model=teacher.model, dtype="float32")
+    calls.finish_reason = "abort"
+    with pytest.raises(UserError, match="gave up"):
+        generate_data(teacher, prompts, tmp_path / "x.jsonl", settings=SAMPLED, engine="vllm")
+    with pytest.raises(UserError, match=r"engine \(vllm there"):
+        generate_data(teacher, prompts, tmp_path / "x.jsonl", settings=SAMPLED)
+
+
+def test_vllm_must_be_installed(teacher, prompts, tmp_path):
+    if importlib.util.find_spec("vllm"):
+        pytest.skip("it is")
+    with pytest.raises(UserError, match="needs the package vllm; install it"):
+        generate_data(teacher, prompts, tmp_path / "x.jsonl", settings=SAMPLED, engine="vllm")
 
 
 def test_command_line(teacher, prompts, tmp_path, monkeypatch, capsys):

@@ -308,6 +308,20 @@ def test_names_of_evaluation_files_are_those_that_the_evaluation_uses(data: list
         recipe_from_values(values)
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_engine_that_is_not_there_is_told_before_training(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    values = yaml.safe_load(DISTIL)
+    values["evaluation"] |= {"engine": "vllm", "dtype": "bfloat16"}
+    if installed:
+        evaluation = recipe_from_values(values).evaluation
+        assert evaluation is not None
+        assert (evaluation.engine, evaluation.dtype) == ("vllm", "bfloat16")
+    else:
+        with pytest.raises(UserError, match=r"evaluation\.engine is 'vllm', but that package is not installed"):
+            recipe_from_values(values)
+
+
 def test_values_of_a_library_caller_are_checked_alike() -> None:
     values = yaml.safe_load(SFT)
     assert recipe_from_values(values).student.model == "org/student"

@@ -35,6 +35,11 @@ Overrides = Annotated[
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Replace values of the recipe: training.learning_rate=5e-4"),
 ]
 Template = Literal["plain", "chat"]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Of the weights; auto: the checkpoint's own, float32 where this machine is slow in that."),
+]
+EngineOption = Annotated[Literal["transformers", "vllm"], typer.Option(help="What generates; vllm must be installed.")]
 
 
 class _ListCommand(TyperCommand):
@@ -222,12 +227,14 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of the probability mass sampled from.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated at once (vllm decides itself).")] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="First examples of each file only.")] = None,
     template: Annotated[Template, typer.Option(help="How the model sees a prompt.")] = "plain",
     in_domain: Annotated[
         list[str] | None, typer.Option(help="Names of the files that resemble the training data; default: the first.")
     ] = None,
+    dtype: DtypeOption = "auto",
+    engine: EngineOption = "transformers",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard results that are there.")] = False,
 ) -> None:
     """Score a model's responses: ROUGE-L and exact match over seeds, bits per byte of the references."""
@@ -240,7 +247,7 @@ def evaluate(
     folder = output_dir or (path / "evaluation" if path.is_dir() else Path("evaluations", path.name))
     try:
         result = evaluate_model(
-            ModelSpec(model=model, template=template),
+            ModelSpec(model=model, template=template, dtype=dtype),
             data,
             output_dir=folder,
             seeds=seeds or PAPER_SEEDS,
@@ -251,6 +258,7 @@ def evaluate(
             limit=limit,
             in_domain=in_domain,
             overwrite=overwrite,
+            engine=engine,
         )
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
@@ -372,14 +380,15 @@ def generate_data(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer; unfinished ones are left out.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of the probability mass sampled from.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated at once (vllm decides itself).")] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="First prompts only.")] = None,
     template: Annotated[Template, typer.Option(help="How the teacher sees a prompt.")] = "plain",
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")] = "auto",
+    dtype: DtypeOption = "auto",
+    engine: EngineOption = "transformers",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")] = False,
 ) -> None:
     """Have the teacher answer the training prompts: sequence-level distillation (SeqKD), then train on the answers."""
-    from vocabridge.evaluation.generation import GenerationSettings
+    from vocabridge.evaluation.engine import GenerationSettings
     from vocabridge.generate_data import generate_data as generate
     from vocabridge.models.spec import ModelSpec
 
@@ -395,6 +404,7 @@ def generate_data(
             settings=settings,
             limit=limit,
             overwrite=overwrite,
+            engine=engine,
         )
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)

@@ -34,6 +34,11 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     return _digest((_config(model.config), _adapters(model)), _named_tensors(model))
 
 
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Fingerprint of vocabulary, merges, normalisation, chat template and special tokens."""
+    return _digest((_tokenizer(tokenizer),), ())
+
+
 def checkpoint_fingerprint(config: PretrainedConfig, files: Sequence[Path]) -> str:
     """Fingerprint of a checkpoint's configuration and safetensors files, read one tensor at a time.
 

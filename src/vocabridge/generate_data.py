@@ -13,13 +13,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from vocabridge.errors import UserError
-from vocabridge.evaluation.generation import Generation, GenerationSettings
+from vocabridge.evaluation.engine import Generation, GenerationEngine, GenerationSettings, engine_settings
 from vocabridge.evaluation.responses import Responder, generation_progress
 from vocabridge.evaluation.run_folder import Manifest, Record, RunFolder, write_in_one_piece
-from vocabridge.fingerprints import data_fingerprint, model_fingerprint
+from vocabridge.evaluation.vllm_engine import VllmModel, check_vllm
+from vocabridge.fingerprints import data_fingerprint, model_fingerprint, tokenizer_fingerprint
 from vocabridge.models.loading import check_tokenizer_matches, load_model, load_tokenizer
-from vocabridge.models.spec import ModelSpec
+from vocabridge.models.spec import Engine, ModelSpec
+from vocabridge.models.trunkless import load_ends
+from vocabridge.prompts import Template
 from vocabridge.text import Example, read_examples, row_with_response
 
 
@@ -44,6 +49,7 @@ def generate_data(
     settings: GenerationSettings,
     limit: int | None = None,
     overwrite: bool = False,
+    engine: Engine = "transformers",
 ) -> GeneratedData:
     """Have a model answer all prompts and write the rows ``vocabridge distill`` trains on.
 
@@ -58,22 +64,23 @@ def generate_data(
         settings: length, temperature, nucleus, batch size.
         limit: answer only the first so many prompts.
         overwrite: replace an output that is there, and discard answers that other settings or data left unfinished.
+        engine: what generates; ``vllm`` must be installed.
 
     Raises:
-        UserError: the output exists, data or model cannot be used, or no answer is of use.
+        UserError: the output exists, data, model or engine cannot be used, or no answer is of use.
     """
     output = Path(output)
     _check_output(output, overwrite=overwrite)
+    if engine == "vllm":
+        check_vllm(spec)
     if settings.greedy and len(set(seeds)) > 1:
         raise UserError("several seeds with temperature 0 give the same answers; give one seed or a temperature.")
     examples = read_examples(list(data), limit=limit)
     tokenizer = load_tokenizer(spec)
-    model = load_model(spec)
-    check_tokenizer_matches(tokenizer, model, "teacher")
-    responder = Responder.of(model, tokenizer, settings, spec.template)
+    teacher = _teacher(spec, tokenizer, examples, settings=settings, engine=engine)
     manifest = Manifest(
-        model=model_fingerprint(model, tokenizer),
-        settings={**asdict(settings), "template": spec.template, "dtype": str(model.dtype)},
+        model=teacher.fingerprint,
+        settings={**asdict(settings), "template": spec.template, "dtype": teacher.dtype} | engine_settings(engine),
         data={"prompts": data_fingerprint(examples)},
     )
     folder = _answers_folder(output.with_name(f"{output.name}.generation"), manifest, overwrite=overwrite)
@@ -81,8 +88,9 @@ def generate_data(
     num_empty = num_unfinished = 0
     with generation_progress() as progress:
         for seed in dict.fromkeys(seeds):
-            records = responder.respond(
+            records = teacher.responder.respond(
                 examples,
+                teacher.engine,
                 seed=seed,
                 file=folder.predictions("prompts", seed),
                 make_record=_record,
@@ -106,6 +114,43 @@ def generate_data(
     write_in_one_piece(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     shutil.rmtree(folder.path)
     return GeneratedData(output, len(rows), num_empty, num_unfinished)
+
+
+@dataclass(frozen=True, slots=True)
+class _Teacher:
+    """A teacher that is ready to answer."""
+
+    responder: Responder
+    engine: GenerationEngine
+    fingerprint: str
+    dtype: str
+
+
+def _teacher(
+    spec: ModelSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    settings: GenerationSettings,
+    engine: Engine,
+) -> _Teacher:
+    if engine == "transformers":
+        model = load_model(spec)
+        responder = _responder(model, tokenizer, settings, spec.template)
+        fingerprint = model_fingerprint(model, tokenizer)
+        return _Teacher(responder, responder.transformers_engine(model), fingerprint, str(model.dtype))
+    ends = load_ends(spec)  # embeddings, head and a name for the rest, which vLLM loads
+    responder = _responder(ends.model, tokenizer, settings, spec.template)
+    served = VllmModel.like(ends.model, spec)
+    fingerprint = f"{ends.fingerprint} {tokenizer_fingerprint(tokenizer)}"
+    return _Teacher(responder, responder.vllm_engine(served, examples), fingerprint, str(ends.model.dtype))
+
+
+def _responder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings, template: Template
+) -> Responder:
+    check_tokenizer_matches(tokenizer, model, "teacher")
+    return Responder.of(model.config, tokenizer, settings=settings, template=template)
 
 
 def _answers_folder(path: Path, manifest: Manifest, *, overwrite: bool) -> RunFolder:

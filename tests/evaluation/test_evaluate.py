@@ -14,9 +14,9 @@ from tiny_models import tiny_llama
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import vocabridge.evaluation.evaluate as evaluation
-import vocabridge.evaluation.responses as responses
 from vocabridge.errors import UserError
 from vocabridge.evaluation.evaluate import evaluate, evaluate_model
+from vocabridge.evaluation.generation import TransformersEngine
 from vocabridge.evaluation.metrics import exact_match, rouge_l
 from vocabridge.evaluation.results import EvaluationResult, results_table
 from vocabridge.models.spec import ModelSpec
@@ -101,17 +101,17 @@ def test_a_killed_evaluation_resumes_to_identical_files(
 ) -> None:
     run(tmp_path / "whole")
     calls = 0
-    generate_bucket = responses.generate_bucket
+    generate = TransformersEngine.generate
 
     def killed(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > survived:
             raise KeyboardInterrupt
-        return generate_bucket(*args, **kwargs)
+        return generate(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(responses, "generate_bucket", killed)
+        patch.setattr(TransformersEngine, "generate", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "resumed")
     assert not (tmp_path / "resumed" / "results.json").exists()
@@ -122,9 +122,9 @@ def test_a_killed_evaluation_resumes_to_identical_files(
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        return generate_bucket(*args, **kwargs)
+        return generate(*args, **kwargs)
 
-    monkeypatch.setattr(responses, "generate_bucket", counted)
+    monkeypatch.setattr(TransformersEngine, "generate", counted)
     run(tmp_path / "resumed")
     assert _files(tmp_path / "resumed") == _files(tmp_path / "whole")
     num_buckets = 2 * (3 + 2)
@@ -142,7 +142,7 @@ def test_a_finished_evaluation_generates_nothing_and_further_seeds_only_add(
         raise AssertionError("nothing is left to compute")
 
     with monkeypatch.context() as patch:
-        patch.setattr(responses, "generate_bucket", refuse)
+        patch.setattr(TransformersEngine, "generate", refuse)
         patch.setattr(evaluation, "reference_bits", refuse)
         assert run(tmp_path) == first
     more = run(tmp_path, seeds=(10, 20, 30))
@@ -169,13 +169,13 @@ def test_greedy_decoding_has_one_run_and_no_deviation(run: Run, tmp_path: Path) 
 
 def test_a_prompt_beyond_the_context_keeps_its_end(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    generate_bucket = responses.generate_bucket
+    generate = TransformersEngine.generate
 
-    def spy(model: Any, prompts: list[list[int]], **kwargs: Any) -> Any:
+    def spy(self: Any, prompts: list[list[int]], **kwargs: Any) -> Any:
         seen.extend(prompts)
-        return generate_bucket(model, prompts, **kwargs)
+        return generate(self, prompts, **kwargs)
 
-    monkeypatch.setattr(responses, "generate_bucket", spy)
+    monkeypatch.setattr(TransformersEngine, "generate", spy)
     long = [{"prompt": "word " * 300 + "end\n", "response": "a"}, {"prompt": "short\n", "response": "b"}]
     result = run(tmp_path, files={"dev": long}, seeds=(1,))
     assert result.files[0].num_cut_prompts == 1

@@ -13,13 +13,8 @@ from tiny_models import tiny_gpt2, tiny_llama
 from transformers import GenerationConfig, PreTrainedModel
 
 from vocabridge.errors import UserError
-from vocabridge.evaluation.generation import (
-    Generation,
-    GenerationSettings,
-    InverseTransformSampling,
-    generate_bucket,
-    length_buckets,
-)
+from vocabridge.evaluation.engine import Generation, GenerationSettings, OutputTokens
+from vocabridge.evaluation.generation import InverseTransformSampling, TransformersEngine, length_buckets
 
 VOCAB_SIZE = 61
 END_IDS = (3, 7, 11, 12, 13)
@@ -43,17 +38,10 @@ def _run(
 ) -> list[Generation]:
     """All buckets of a file, in input order."""
     prompts = _prompts() if prompts is None else prompts
+    engine = TransformersEngine(model, settings, OutputTokens(tuple(end_token_ids), vocab_size))
     buckets = [
-        generate_bucket(
-            model,
-            prompts,
-            indices=indices,
-            settings=settings,
-            seed=seed,
-            end_token_ids=end_token_ids,
-            vocab_size=vocab_size,
-        )
-        for indices in length_buckets([len(prompt) for prompt in prompts], settings.batch_size)
+        engine.generate(prompts, indices=indices, seed=seed)
+        for indices in engine.batches([len(prompt) for prompt in prompts])
     ]
     return sorted(chain.from_iterable(buckets), key=lambda generation: generation.index)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vocabridge.errors import UserError
-from vocabridge.evaluation.generation import GenerationSettings
+from vocabridge.evaluation.engine import GenerationSettings
 from vocabridge.evaluation.plan import EvaluationPlan, named_sources, plan_evaluation
 
 ROWS = [{"prompt": "q1\n", "response": "a1"}, {"prompt": "q2\n", "response": " "}, {"prompt": "q3\n", "response": "a3"}]

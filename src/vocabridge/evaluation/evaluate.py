@@ -12,17 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..fingerprints import data_fingerprint, model_fingerprint
 from ..models.loading import check_tokenizer_matches, load_model, load_tokenizer
-from ..models.spec import ModelSpec
+from ..models.spec import Engine, ModelSpec
 from ..prompts import Template
 from ..text import Example
 from .bits import ReferenceBits, reference_bits
-from .generation import Generation, GenerationSettings
+from .engine import Generation, GenerationEngine, GenerationSettings, engine_settings
 from .metrics import percentage, score_example
 from .plan import PAPER_SEEDS, DataFile, DataFiles, EvaluationPlan, plan_evaluation
 from .responses import Responder, generation_progress
 from .results import EvaluationResult, FileResult, SeedScores, domain_average
 from .run_folder import Manifest, Record, RunFolder
 from .statistics import mean_std
+from .vllm_engine import VllmModel, check_vllm
 
 
 def evaluate_model(
@@ -38,12 +39,17 @@ def evaluate_model(
     limit: int | None = None,
     in_domain: Sequence[str] | None = None,
     overwrite: bool = False,
+    engine: Engine = "transformers",
 ) -> EvaluationResult:
-    """Read the data, load a model and its tokenizer, and evaluate; the arguments are those of :func:`evaluate`.
+    """Read the data, load a model and its tokenizer, and evaluate; the other arguments are those of :func:`evaluate`.
+
+    ``engine`` is what generates; ``vllm`` must be installed. Bits per byte always come from transformers, before.
 
     Raises:
-        UserError: as :func:`evaluate`, or the model cannot be loaded.
+        UserError: as :func:`evaluate`, or the model cannot be loaded, or the engine is not there.
     """
+    if engine == "vllm":
+        check_vllm(spec)
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
     )
@@ -51,9 +57,14 @@ def evaluate_model(
     tokenizer = load_tokenizer(spec)
     model = load_model(spec)
     check_tokenizer_matches(tokenizer, model, "student")
-    return _run(
-        model, tokenizer, plan, template=spec.template, path=Path(output_dir), overwrite=overwrite, name=spec.model
-    )
+    place = _Place(Path(output_dir), overwrite, spec.model, engine)
+    evaluation = _start(model, tokenizer, plan, template=spec.template, place=place)
+    if engine == "transformers":
+        return evaluation.generate(evaluation.responder.transformers_engine(model))
+    served = VllmModel.like(model, spec)
+    del model  # its memory is vLLM's from here on
+    examples = [example for file in plan.files for example in file.examples]
+    return evaluation.generate(evaluation.responder.vllm_engine(served, examples))
 
 
 def evaluate(
@@ -103,57 +114,110 @@ def evaluate(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
     )
     plan = plan_evaluation(files, seeds=seeds, settings=settings, limit=limit, in_domain=in_domain)
-    return _run(model, tokenizer, plan, template=template, path=Path(output_dir), overwrite=overwrite, name=model_name)
+    place = _Place(Path(output_dir), overwrite, model_name, "transformers")
+    evaluation = _start(model, tokenizer, plan, template=template, place=place)
+    return evaluation.generate(evaluation.responder.transformers_engine(model))
 
 
 # --- all files -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Evaluator:
-    """A model with everything that is the same for all files."""
+class _Place:
+    """Where an evaluation goes, and what it calls itself."""
 
+    path: Path
+    overwrite: bool
+    model_name: str
+    engine: Engine
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluation:
+    """What is left when the references have been scored: the prompts, which need an engine and no model of ours."""
+
+    plan: EvaluationPlan
     responder: Responder
     folder: RunFolder
-    progress: Progress
+    bits: tuple[ReferenceBits, ...]
+    """Of each file."""
+    model_name: str
+
+    def generate(self, engine: GenerationEngine) -> EvaluationResult:
+        """Answer all prompts and put the results together."""
+        plan = self.plan
+        with generation_progress() as progress:
+            evaluator = _Evaluator(self.responder, engine, self.folder, progress)
+            files = tuple(
+                _evaluate_file(evaluator, file, plan.seeds, bits)
+                for file, bits in zip(plan.files, self.bits, strict=True)
+            )
+        result = EvaluationResult(
+            model=self.model_name,
+            settings=plan.settings,
+            files=files,
+            in_domain=domain_average([file for file in files if file.in_domain]),
+            out_of_domain=domain_average([file for file in files if not file.in_domain]),
+        )
+        self.folder.save_results(result.to_json())
+        return result
 
 
-def _run(
+def _start(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     plan: EvaluationPlan,
     *,
     template: Template,
-    path: Path,
-    overwrite: bool,
-    name: str,
-) -> EvaluationResult:
-    responder = Responder.of(model, tokenizer, plan.settings, template)
+    place: _Place,
+) -> _Evaluation:
+    """All that needs the model itself: its fingerprint and the bits of the references."""
+    responder = Responder.of(model.config, tokenizer, settings=plan.settings, template=template)
+    settings = {**asdict(plan.settings), "template": template, "dtype": str(model.dtype)}
     manifest = Manifest(
         model=model_fingerprint(model, tokenizer),
-        settings={**asdict(plan.settings), "template": template, "dtype": str(model.dtype)},
+        settings=settings | engine_settings(place.engine),
         data={file.name: data_fingerprint(file.examples) for file in plan.files},
     )
-    folder = RunFolder(path, manifest, overwrite=overwrite)
+    folder = RunFolder(place.path, manifest, overwrite=place.overwrite)
     with generation_progress() as progress:
-        evaluator = _Evaluator(responder, folder, progress)
-        files = tuple(_evaluate_file(evaluator, file, plan.seeds) for file in plan.files)
-    result = EvaluationResult(
-        model=name,
-        settings=plan.settings,
-        files=files,
-        in_domain=domain_average([file for file in files if file.in_domain]),
-        out_of_domain=domain_average([file for file in files if not file.in_domain]),
+        bits = tuple(_file_bits(model, responder, file, folder=folder, progress=progress) for file in plan.files)
+    return _Evaluation(plan, responder, folder, bits, place.model_name)
+
+
+def _file_bits(
+    model: PreTrainedModel, responder: Responder, file: DataFile, *, folder: RunFolder, progress: Progress
+) -> ReferenceBits:
+    if saved := folder.load_bits(file.name):
+        return ReferenceBits(**saved)
+    task = progress.add_task(f"{file.name}: bits per byte", total=len(file.examples))
+    bits = reference_bits(
+        model,
+        responder.tokenizer,
+        file.examples,
+        max_length=responder.context,
+        template=responder.renderer.template,
+        batch_size=responder.settings.batch_size,
+        on_batch=lambda num_rows: progress.advance(task, num_rows),
     )
-    folder.save_results(result.to_json())
-    return result
+    folder.save_bits(file.name, asdict(bits))
+    return bits
 
 
 # --- one file --------------------------------------------------------------------------------------------------------
 
 
-def _evaluate_file(evaluator: _Evaluator, file: DataFile, seeds: Sequence[int]) -> FileResult:
-    bits = _file_bits(evaluator, file)
+@dataclass(frozen=True, slots=True)
+class _Evaluator:
+    """What is the same for all files."""
+
+    responder: Responder
+    engine: GenerationEngine
+    folder: RunFolder
+    progress: Progress
+
+
+def _evaluate_file(evaluator: _Evaluator, file: DataFile, seeds: Sequence[int], bits: ReferenceBits) -> FileResult:
     responder = evaluator.responder
     scores = tuple(_seed_scores(seed, _predictions(evaluator, file, seed)) for seed in seeds)
     return FileResult(
@@ -170,27 +234,10 @@ def _evaluate_file(evaluator: _Evaluator, file: DataFile, seeds: Sequence[int]) 
     )
 
 
-def _file_bits(evaluator: _Evaluator, file: DataFile) -> ReferenceBits:
-    if saved := evaluator.folder.load_bits(file.name):
-        return ReferenceBits(**saved)
-    task = evaluator.progress.add_task(f"{file.name}: bits per byte", total=len(file.examples))
-    responder = evaluator.responder
-    bits = reference_bits(
-        responder.model,
-        responder.tokenizer,
-        file.examples,
-        max_length=responder.context,
-        template=responder.renderer.template,
-        batch_size=responder.settings.batch_size,
-        on_batch=lambda num_rows: evaluator.progress.advance(task, num_rows),
-    )
-    evaluator.folder.save_bits(file.name, asdict(bits))
-    return bits
-
-
 def _predictions(evaluator: _Evaluator, file: DataFile, seed: int) -> list[Record]:
     return evaluator.responder.respond(
         file.examples,
+        evaluator.engine,
         seed=seed,
         file=evaluator.folder.predictions(file.name, seed),
         make_record=_record,

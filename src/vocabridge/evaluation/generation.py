@@ -1,4 +1,4 @@
-"""Batched generation: prompts of similar length share a left-padded batch, with a key-value cache, greedy or sampled.
+"""The transformers engine: prompts of similar length share a left-padded batch with a key-value cache.
 
 What is reproducible. A row's random numbers depend on the seed and on the row's index in the file alone, never on the
 batch it is in, the device or the other rows: token t is the inverse of the cumulative distribution at a uniform number
@@ -26,54 +26,72 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..errors import UserError
 from ..models.heads import base_model
+from .engine import Generation, GenerationSettings, OutputTokens, cut_at_end
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationSettings:
-    """How responses are generated.
+@dataclass(frozen=True, slots=True, eq=False)
+class TransformersEngine:
+    """A model in this process; dtype and device are kept."""
 
-    Attributes:
-        max_new_tokens: most tokens of a response, the end token included.
-        temperature: 0 is greedy decoding, which needs no seed; 1 samples from the model's own distribution.
-        top_p: sample among the fewest tokens that hold this much probability; 1 is all of them.
-        batch_size: prompts generated together.
-    """
+    model: PreTrainedModel
+    settings: GenerationSettings
+    tokens: OutputTokens
 
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    batch_size: int = 16
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Prompts of similar length, ``batch_size`` of them."""
+        return length_buckets(lengths, self.settings.batch_size)
 
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if not self.temperature >= 0:
-            raise UserError(f"temperature must be 0 (greedy) or more, not {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must lie in (0, 1], not {self.top_p}.")
+    def generate(self, prompts: Sequence[Sequence[int]], *, indices: Sequence[int], seed: int) -> list[Generation]:
+        """Generate the responses to ``prompts[i]`` for every i in ``indices`` as one batch, until all have ended.
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the most probable token is always taken."""
-        return self.temperature == 0
+        The model's own generation defaults (penalties, top_k, ...) are not used.
 
+        Args:
+            prompts: token ids of all prompts of the file.
+            indices: the rows of this batch.
+            seed: of the sampling; unused when greedy.
+        """
+        pad_id = self.tokens.end_token_ids[0]
+        batch = _left_padded([prompts[index] for index in indices], pad_id=pad_id, device=self.model.device)
+        prompt_length = batch["input_ids"].shape[1]
+        with inference(self.model):
+            decode: Any = self.model.generate  # a PEFT wrapper has it too, unknown to the type checker
+            output = decode(
+                **batch,
+                generation_config=GenerationConfig(
+                    max_new_tokens=self.settings.max_new_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    eos_token_id=list(self.tokens.end_token_ids),
+                    pad_token_id=pad_id,
+                ),
+                logits_processor=LogitsProcessorList(
+                    [
+                        PaddedVocabularyMask(self.tokens.vocab_size),
+                        *self._sampling(indices, seed=seed, prompt_length=prompt_length),
+                    ]
+                ),
+            )
+        end_token_ids = frozenset(self.tokens.end_token_ids)
+        rows = output[:, prompt_length:].tolist()
+        return [cut_at_end(row, index, end_token_ids) for row, index in zip(rows, indices, strict=True)]
 
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """The response generated for one prompt.
-
-    Attributes:
-        index: the prompt's place in the input.
-        token_ids: the response without its end token.
-        finished: whether an end token came before ``max_new_tokens`` ran out.
-    """
-
-    index: int
-    token_ids: list[int]
-    finished: bool
+    def _sampling(self, indices: Sequence[int], *, seed: int, prompt_length: int) -> list[LogitsProcessor]:
+        settings, device = self.settings, self.model.device
+        if settings.greedy:
+            return []
+        processors: list[LogitsProcessor] = []
+        if settings.temperature != 1:
+            processors.append(TemperatureLogitsWarper(float(settings.temperature)))
+        if settings.top_p < 1:
+            processors.append(TopPLogitsWarper(settings.top_p))
+        draws = np.stack([np.random.default_rng((seed, index)).random(settings.max_new_tokens) for index in indices])
+        # Apple's devices have no float64; elsewhere it keeps a 262k-entry cumulative sum exact enough.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        uniforms = torch.from_numpy(draws).to(dtype=dtype, device=device)
+        processors.append(InverseTransformSampling(uniforms, prompt_length=prompt_length))
+        return processors
 
 
 class InverseTransformSampling(LogitsProcessor):
@@ -120,52 +138,6 @@ def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def generate_bucket(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    indices: Sequence[int],
-    settings: GenerationSettings,
-    seed: int,
-    end_token_ids: Sequence[int],
-    vocab_size: int,
-) -> list[Generation]:
-    """Generate the responses to ``prompts[i]`` for every i in ``indices`` as one batch.
-
-    Args:
-        model: a causal language model; its dtype and device are kept, and its own generation defaults (penalties,
-            top_k, ...) are not used.
-        prompts: token ids of all prompts of the file.
-        indices: the rows of this batch.
-        settings: length, temperature and nucleus.
-        seed: of the sampling; unused when greedy.
-        end_token_ids: any of these ends a response.
-        vocab_size: ids of the tokenizer; a larger head is padding there.
-    """
-    batch = _left_padded([prompts[index] for index in indices], pad_id=end_token_ids[0], device=model.device)
-    prompt_length = batch["input_ids"].shape[1]
-    with inference(model):
-        decode: Any = model.generate  # a PEFT wrapper has it too, unknown to the type checker
-        output = decode(
-            **batch,
-            generation_config=GenerationConfig(
-                max_new_tokens=settings.max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                eos_token_id=list(end_token_ids),
-                pad_token_id=end_token_ids[0],
-            ),
-            logits_processor=LogitsProcessorList(
-                [
-                    PaddedVocabularyMask(vocab_size),
-                    *_sampling(settings, indices, seed=seed, prompt_length=prompt_length, device=model.device),
-                ]
-            ),
-        )
-    rows = output[:, prompt_length:].tolist()
-    return [_cut_at_end(row, index, frozenset(end_token_ids)) for row, index in zip(rows, indices, strict=True)]
-
-
 def _left_padded(prompts: Sequence[Sequence[int]], *, pad_id: int, device: torch.device) -> dict[str, Tensor]:
     width = max(len(prompt) for prompt in prompts)
     padding = [width - len(prompt) for prompt in prompts]
@@ -175,31 +147,6 @@ def _left_padded(prompts: Sequence[Sequence[int]], *, pad_id: int, device: torch
         "input_ids": torch.tensor(input_ids, device=device),
         "attention_mask": torch.tensor(attention_mask, device=device),
     }
-
-
-def _sampling(
-    settings: GenerationSettings, indices: Sequence[int], *, seed: int, prompt_length: int, device: torch.device
-) -> list[LogitsProcessor]:
-    if settings.greedy:
-        return []
-    processors: list[LogitsProcessor] = []
-    if settings.temperature != 1:
-        processors.append(TemperatureLogitsWarper(float(settings.temperature)))
-    if settings.top_p < 1:
-        processors.append(TopPLogitsWarper(settings.top_p))
-    draws = np.stack([np.random.default_rng((seed, index)).random(settings.max_new_tokens) for index in indices])
-    # Apple's devices have no float64; elsewhere it keeps a 262k-entry cumulative sum exact enough.
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    uniforms = torch.from_numpy(draws).to(dtype=dtype, device=device)
-    processors.append(InverseTransformSampling(uniforms, prompt_length=prompt_length))
-    return processors
-
-
-def _cut_at_end(token_ids: list[int], index: int, end_token_ids: frozenset[int]) -> Generation:
-    for position, token_id in enumerate(token_ids):
-        if token_id in end_token_ids:
-            return Generation(index, token_ids[:position], finished=True)
-    return Generation(index, token_ids, finished=False)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..suggest import did_you_mean
 from ..text import Example, ExampleSource, read_examples
-from .generation import GenerationSettings
+from .engine import GenerationSettings
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)
 

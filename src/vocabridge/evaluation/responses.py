@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..models.loading import vocabulary_size
 from ..prompts import PromptRenderer, Template
 from ..text import Example
-from .generation import Generation, GenerationSettings, generate_bucket, length_buckets
+from .engine import Generation, GenerationEngine, GenerationSettings, OutputTokens
+from .generation import TransformersEngine
 from .run_folder import PredictionFile, Record
+from .vllm_engine import VllmEngine, VllmModel
 
 MakeRecord = Callable[[Example, Generation, str], Record]
 """What is kept of one response: ``(example, generation, its text) -> record`` without ``index``."""
@@ -22,9 +24,8 @@ MakeRecord = Callable[[Example, Generation, str], Record]
 
 @dataclass(frozen=True, slots=True)
 class Responder:
-    """A model with everything that is the same for all its responses."""
+    """How prompts become token ids and token ids become text; an engine does what lies between."""
 
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     renderer: PromptRenderer
     settings: GenerationSettings
@@ -34,32 +35,64 @@ class Responder:
     @classmethod
     def of(
         cls,
-        model: PreTrainedModel,
+        config: PretrainedConfig,
         tokenizer: PreTrainedTokenizerBase,
+        *,
         settings: GenerationSettings,
         template: Template,
     ) -> Responder:
         """Check that the responses fit into what the model reads.
 
+        Args:
+            config: the model's.
+            tokenizer: the model's.
+            settings: how responses are generated.
+            template: how prompts are rendered.
+
         Raises:
             UserError: ``max_new_tokens`` leaves no room for a prompt.
         """
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
         if settings.max_new_tokens >= context:
             raise UserError(
                 f"max_new_tokens is {settings.max_new_tokens}, but the model reads at most {context} "
                 "tokens, prompt included; lower it."
             )
-        return cls(model, tokenizer, PromptRenderer(tokenizer, template), settings, context)
+        return cls(tokenizer, PromptRenderer(tokenizer, template), settings, context)
+
+    @property
+    def tokens(self) -> OutputTokens:
+        """What an engine may generate."""
+        ends = {self.renderer.end_token_id, self.tokenizer.eos_token_id}
+        return OutputTokens(tuple(sorted(ends)), vocabulary_size(self.tokenizer))
 
     @property
     def room(self) -> int:
         """Most tokens of a prompt; a longer one loses its beginning."""
         return self.context - self.settings.max_new_tokens
 
+    def prompts(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Token ids; of a prompt that is too long the end, which says that an answer is due."""
+        return [self.renderer(example)[-self.room :] for example in examples]
+
+    def transformers_engine(self, model: PreTrainedModel) -> TransformersEngine:
+        """An engine around a model in memory."""
+        return TransformersEngine(model, self.settings, self.tokens)
+
+    def vllm_engine(self, model: VllmModel, examples: Sequence[Example]) -> VllmEngine:
+        """An engine that has room for these examples."""
+        longest = max(map(len, self.prompts(examples)))
+        return VllmEngine(
+            model,
+            settings=self.settings,
+            tokens=self.tokens,
+            max_length=longest + self.settings.max_new_tokens,
+        )
+
     def respond(
         self,
         examples: Sequence[Example],
+        engine: GenerationEngine,
         *,
         seed: int,
         file: PredictionFile,
@@ -71,29 +104,21 @@ class Responder:
 
         Args:
             examples: their prompts are answered.
+            engine: runs the model.
             seed: of the sampling.
-            file: where the records go, bucket by bucket.
+            file: where the records go, batch by batch.
             make_record: turns a response into what is kept.
             progress: shows a bar for this file.
             title: of the bar.
         """
-        prompts = [self.renderer(example)[-self.room :] for example in examples]  # its end says that an answer is due
+        prompts = self.prompts(examples)
         records = file.load()
         task = progress.add_task(title, total=len(examples), completed=len(records))
-        eos_token_id = self.tokenizer.eos_token_id
-        for indices in length_buckets([len(prompt) for prompt in prompts], self.settings.batch_size):
+        for indices in engine.batches([len(prompt) for prompt in prompts]):
             if records.keys() >= set(indices):
                 continue
-            # A bucket that was torn is generated whole: the same batch gives the same rounding, hence the same text.
-            generations = generate_bucket(
-                self.model,
-                prompts,
-                indices=indices,
-                settings=self.settings,
-                seed=seed,
-                end_token_ids=sorted({self.renderer.end_token_id, eos_token_id}),
-                vocab_size=vocabulary_size(self.tokenizer),
-            )
+            # A batch that was torn is generated whole: the same batch gives the same rounding, hence the same text.
+            generations = engine.generate(prompts, indices=indices, seed=seed)
             new = [
                 {"index": generation.index}
                 | make_record(examples[generation.index], generation, self._text(generation))

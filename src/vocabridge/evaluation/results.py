@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from .bits import ReferenceBits
-from .generation import GenerationSettings
+from .engine import GenerationSettings
 from .statistics import MeanStd, mean_std
 
 

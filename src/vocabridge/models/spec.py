@@ -10,6 +10,7 @@ from vocabridge.errors import UserError
 from vocabridge.settings import Settings
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Engine = Literal["transformers", "vllm"]
 Side = Literal["student", "teacher"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator
 
 from vocabridge.errors import UserError
-from vocabridge.models.spec import CacheSpec, ModelSpec, check_side
+from vocabridge.models.spec import CacheSpec, Dtype, Engine, ModelSpec, check_side
 from vocabridge.recipe.objective import ObjectiveSettings
 from vocabridge.recipe.training import TrainingSettings
 from vocabridge.recipe.yaml_text import dump
@@ -64,6 +65,10 @@ class EvaluationSettings(Settings):
     """Prompts generated at once."""
     limit: int | None = Field(None, ge=1)
     """Use only the first so many examples of each file."""
+    dtype: Dtype = "auto"
+    """Type of the weights while evaluating; ``auto`` is that of the saved student."""
+    engine: Engine = "transformers"
+    """What generates; ``vllm`` must be installed."""
 
     @field_validator("data", "seeds")
     @classmethod
@@ -223,10 +228,14 @@ def _evaluation_conflicts(evaluation: EvaluationSettings) -> list[Conflict]:
     stems = [path.stem for path in paths]
     known = [path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}-{path.stem}" for path in paths]
     wrong = [name for name in evaluation.in_domain if name not in known]
-    return [
+    found = [
         Conflict(
             "evaluation.in_domain",
             f"names '{name}', which is no data file{did_you_mean(name, known) or '.'} Known: {', '.join(known)}.",
         )
         for name in wrong
     ]
+    if evaluation.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        problem = "is 'vllm', but that package is not installed (pip install 'vocabridge[vllm]'); install or remove it."
+        found.append(Conflict("evaluation.engine", problem))
+    return found
