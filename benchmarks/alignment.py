@@ -2,10 +2,11 @@
 
     python benchmarks/alignment.py
 
-One megabyte of English, code and other scripts, cut into documents of the length of a response, and into long ones,
-where the cost of a call no longer counts. ``spans``: from the ids of a text to the bytes of each token. ``chunks``:
-from two lists of spans to common chunks, each tokenizer against the first. ``encode``: the tokenizer's own work, for
-comparison; ``encode and align`` is all that preparing a pair costs on that side.
+One megabyte of English, code and other scripts, cut into short responses, where the cost of a call counts most, into
+long ones, and into documents, where it no longer counts. ``spans``: from the ids of a text to the bytes of each token,
+encoded as the continuation that a response is. ``chunks``: from two lists of spans to common chunks, each tokenizer
+against the first. ``encode``: the tokenizer's own work, for comparison; ``encode and align`` is all that preparing a
+pair costs on that side.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from harness import RESULTS, ROOT, Bar, Row, interleaved, parse, parser, report
-from vocabridge.alignment import byte_spans, chunk_ids, prepared
+from vocabridge.alignment import chunk_ids, encode_continuation, prepared
 from vocabridge.alignment.prepared import RawTokens, Specials
 
 sys.path.append(str(ROOT / "tests"))
 
-DOCUMENT_CHARACTERS = (2_000, 50_000)
+DOCUMENT_CHARACTERS = (200, 2_000, 50_000)
 BPE = "BPE"
 """What the bar speaks of, as families name it."""
 TOGETHER = "spans + chunks MB/s"
@@ -107,17 +108,26 @@ def _tokenizers(*, real: bool) -> dict[str, PreTrainedTokenizerFast]:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """An encoder that gives back what another one made, so that its time is left out."""
+    """An encoder that gives back what another one made, so that its time is left out.
 
-    raw: dict[str, RawTokens]
+    Attributes:
+        encoder: the other one.
+        raw: what it made, filled at the first pass over the texts.
+    """
+
+    encoder: prepared.Encoder
+    raw: dict[tuple[str, bool], RawTokens]
 
     def encode(self, text: str, *, specials: Specials, prefix: bool) -> RawTokens:
         """Look it up."""
-        return self.raw[text]
+        found = self.raw.get((text, prefix))
+        if found is None:
+            found = self.raw[text, prefix] = self.encoder.encode(text, specials=specials, prefix=prefix)
+        return found
 
     def encode_ids(self, texts: list[str], *, specials: Specials, prefix: bool) -> list[list[int]]:
         """Look them up."""
-        return [self.raw[text].ids for text in texts]
+        return [self.encode(text, specials=specials, prefix=prefix).ids for text in texts]
 
 
 def _measure(
@@ -128,32 +138,32 @@ def _measure(
     arguments: argparse.Namespace,
 ) -> Row:
     own = prepared.prepare(tokenizer)
-    raw = {text: own.encoder.encode(text, specials="text", prefix=True) for text in documents}
-    spans = [byte_spans(tokenizer, text).spans for text in documents]
-    others = [byte_spans(partner, text).spans for text in documents]
+    recorded = Recorded(own.encoder, {})
+    # encode_continuation reads what a tokenizer encodes with from this cache.
+    prepared._CACHE[tokenizer] = replace(own, encoder=recorded)
+    spans = [encode_continuation(tokenizer, text).spans for text in documents]
+    others = [encode_continuation(partner, text).spans for text in documents]
 
     def encode() -> None:
-        for text in documents:
-            own.encoder.encode(text, specials="text", prefix=True)
+        for text, prefix in recorded.raw:
+            own.encoder.encode(text, specials="text", prefix=prefix)
 
     def align() -> None:
-        # byte_spans reads what a tokenizer encodes with from this cache.
-        prepared._CACHE[tokenizer] = replace(own, encoder=Recorded(raw))
         for text in documents:
-            byte_spans(tokenizer, text)
-        prepared._CACHE[tokenizer] = own
+            encode_continuation(tokenizer, text)
 
     def chunk() -> None:
         for mine, other in zip(spans, others, strict=True):
             chunk_ids(mine, other)
 
     timings = interleaved({"encode": encode, "spans": align, "chunks": chunk}, repeats=arguments.repeats)
+    prepared._CACHE[tokenizer] = own
     size = sum(len(text.encode()) for text in documents) / 1e6
     encoded, aligned, chunked = (timings[part].median for part in ("encode", "spans", "chunks"))
     return {
         "tokenizer": name,
         "family": _family(own),
-        "tokens": sum(len(tokens.ids) for tokens in raw.values()),
+        "tokens": sum(map(len, spans)),
         "encode MB/s": size / encoded,
         "spans MB/s": size / aligned,
         "chunks MB/s": size / chunked,

@@ -26,28 +26,64 @@ def chunk_ids(student_spans: np.ndarray, teacher_spans: np.ndarray) -> tuple[np.
     >>> student.tolist(), teacher.tolist()
     ([0, 0, 1], [0, 1])
     """
-    sides = [np.asarray(spans, dtype=np.int64).reshape(-1, 2) for spans in (student_spans, teacher_spans)]
-    filled = [side[side[:, 1] > side[:, 0]] for side in sides]
-    size = max((int(side[-1, 1]) for side in filled if len(side)), default=0) + 1
-    is_cut = ~(_crossed(filled[0], size) | _crossed(filled[1], size))
-    segment_of = np.cumsum(is_cut)  # of each byte: how many cuts lie at or before it
-    segments = [segment_of[side[:, 0]] for side in filled]
-    counted = [np.bincount(segment, minlength=int(segment_of[-1]) + 1) > 0 for segment in segments]
-    is_chunk = counted[0] & counted[1]
-    numbers = np.where(is_chunk, np.cumsum(is_chunk) - 1, -1)
-    student, teacher = (_number(side, numbers[segment]) for side, segment in zip(sides, segments, strict=True))
-    return student, teacher
+    student, teacher = (np.asarray(spans, dtype=np.int64).reshape(-1, 2) for spans in (student_spans, teacher_spans))
+    partitioned = _number_partitions(student, teacher)
+    return _number_segments(student, teacher) if partitioned is None else partitioned
 
 
-def _crossed(spans: np.ndarray, size: int) -> np.ndarray:
-    """[size] bool: byte positions with a token that begins before and ends behind them."""
-    begun = np.bincount(spans[:, 0] + 1, minlength=size)
-    begun -= np.bincount(spans[:, 1], minlength=size)
-    return np.cumsum(begun, out=begun) > 0
+def _number_partitions(student: np.ndarray, teacher: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The usual case in half of the steps: on both sides every token has bytes and starts where the last one ended.
+
+    Returns:
+        Of each token, how many common ends lie before it; None in any other case.
+    """
+    if not (len(student) and len(teacher) and student[0, 0] == teacher[0, 0] and student[-1, 1] == teacher[-1, 1]):
+        return None
+    num_bytes = int(student[-1, 1])
+    student_ends, teacher_ends = _partition_ends(student, num_bytes), _partition_ends(teacher, num_bytes)
+    if student_ends is None or teacher_ends is None:
+        return None
+    common_ends: np.ndarray = (student_ends & teacher_ends).astype(np.int64).cumsum()
+    return common_ends[student[:, 0]], common_ends[teacher[:, 0]]
 
 
-def _number(spans: np.ndarray, filled_numbers: np.ndarray) -> np.ndarray:
+def _partition_ends(spans: np.ndarray, num_bytes: int) -> np.ndarray | None:
+    """[num_bytes + 1] bool: where a token ends; None unless the tokens have bytes and leave none out."""
+    starts, ends = spans[:, 0], spans[:, 1]
+    if np.count_nonzero(starts[1:] != ends[:-1]):
+        return None
+    is_end = np.zeros(num_bytes + 1, dtype=bool)
+    is_end[ends] = True
+    # An empty token ends where the one before it does or, in front, where the text starts.
+    has_empty = np.count_nonzero(is_end) < len(spans) or is_end[starts[0]]
+    return None if has_empty else is_end
+
+
+def _number_segments(student: np.ndarray, teacher: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the bytes where no token lies across, and number the segments with tokens of both sides."""
+    both = np.concatenate((student, teacher))
+    is_filled = both[:, 1] > both[:, 0]
+    starts, ends = both[is_filled, 0], both[is_filled, 1]
+    size = int(ends.max(initial=0)) + 1
+    crossing = np.bincount(starts + 1, minlength=size)  # tokens that begin before a byte position and end behind it
+    crossing -= np.bincount(ends, minlength=size)
+    segment_of = np.cumsum(crossing.cumsum() == 0)  # of each byte: how many cuts lie at or before it
+    segments = segment_of[starts]
+    of_student = np.count_nonzero(is_filled[: len(student)])
+    with_student, is_chunk = np.zeros((2, int(segment_of[-1]) + 1), dtype=bool)
+    with_student[segments[:of_student]] = True
+    is_chunk[segments[of_student:]] = True
+    is_chunk &= with_student
+    numbers = np.where(is_chunk, is_chunk.cumsum() - 1, -1)[segments]
+    return (
+        _spread(numbers[:of_student], is_filled[: len(student)]),
+        _spread(numbers[of_student:], is_filled[len(student) :]),
+    )
+
+
+def _spread(numbers: np.ndarray, is_filled: np.ndarray) -> np.ndarray:
     """Spread the numbers of tokens with bytes over all tokens, empty ones taking the next token's."""
-    is_filled = spans[:, 1] > spans[:, 0]
-    following: np.ndarray = np.cumsum(is_filled) - is_filled  # index of this or the next token with bytes
-    return np.append(filled_numbers, -1)[following].astype(np.int64)
+    if len(numbers) == len(is_filled):
+        return numbers
+    following: np.ndarray = is_filled.cumsum() - is_filled  # index of this or the next token with bytes
+    return np.append(numbers, -1)[following]

@@ -6,17 +6,48 @@ import json
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from vocabridge.alignment.family import TokenizerFamily
 
-Rewrite = Callable[[str], str]
-
 # Characters in front that may change what a normaliser makes of the next one; longer runs would cost their square.
 _CONTEXT = 32
+_REMEMBERED = 2**16  # short texts, and pairs of neighbours, a few megabytes
+
+
+class Rewrite:
+    """The rewriting part of a normaliser, with a memory of what it makes of short texts.
+
+    Args:
+        normalizer: a normaliser of the tokenizers library, which has no type of its own for all of them.
+    """
+
+    def __init__(self, normalizer: Any) -> None:
+        self._whole: Callable[[str], str] = normalizer.normalize_str
+        self._short = lru_cache(maxsize=_REMEMBERED)(self._whole)
+        self._separable: set[tuple[str, str]] = set()
+
+    def __call__(self, text: str) -> str:
+        """The normalised text."""
+        return self._short(text) if len(text) <= _CONTEXT + 1 else self._whole(text)
+
+    def separates(self, before: str, char: str) -> bool:
+        """Whether ``char`` normalises on its own behind ``before``."""
+        # Marks can be reordered over several characters, which no test of neighbours sees.
+        return not unicodedata.combining(char) and self(before + char) == self(before) + self(char)
+
+    def inseparable(self, pairs: set[tuple[str, str]]) -> set[tuple[str, str]]:
+        """The pairs of neighbours whose second character does not normalise on its own."""
+        new = pairs - self._separable
+        stuck = {pair for pair in new if not self.separates(*pair)}
+        if len(self._separable) > _REMEMBERED:
+            self._separable = set()
+        self._separable |= new - stuck
+        return stuck
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +83,7 @@ def make_rewrite(family: TokenizerFamily) -> Rewrite | None:
         "normalizer": {"type": "Sequence", "normalizers": list(family.rewriting)},
         "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""},
     }
-    normalizer = Tokenizer.from_str(json.dumps(shell)).normalizer
-    assert normalizer is not None
-    return partial(_normalize, normalizer)
-
-
-def _normalize(normalizer: object, text: str) -> str:
-    return normalizer.normalize_str(text)  # type: ignore[attr-defined]
+    return Rewrite(Tokenizer.from_str(json.dumps(shell)).normalizer)
 
 
 def normal_form(text: str, rewrite: Rewrite | None) -> NormalForm:
@@ -76,66 +101,56 @@ def normal_form(text: str, rewrite: Rewrite | None) -> NormalForm:
         data = text.encode()
         positions = np.arange(len(data) + 1, dtype=np.int64)
         return NormalForm(data, positions, positions)
-    return _map_back(_pieces(text, normal, rewrite))
+    parts = _minimal_parts(text, rewrite)
+    while True:
+        rewritten = {part: rewrite(part) for part in dict.fromkeys(parts)}
+        if "".join(map(rewritten.__getitem__, parts)) == normal:
+            return _map_back(parts, rewritten, normal)
+        parts = _merge_at_mismatch(parts, rewritten, normal)
 
 
-def _pieces(text: str, normal: str, rewrite: Rewrite) -> list[tuple[str, str]]:
-    """Minimal ``(text, normalised)`` pieces that normalise on their own and join to ``normal``."""
-    pieces = _grow(text, rewrite)
-    while "".join(piece for _, piece in pieces) != normal:
-        pieces = _merge_at_mismatch(pieces, normal, rewrite)
-    return pieces
-
-
-def _grow(text: str, rewrite: Rewrite) -> list[tuple[str, str]]:
-    known: dict[str, str] = {}
-
-    def cached(part: str) -> str:
-        if part not in known:
-            known[part] = rewrite(part)
-        return known[part]
-
+def _minimal_parts(text: str, rewrite: Rewrite) -> list[str]:
+    """Cut before every character that normalises on its own behind the part so far."""
+    neighbours = partial(zip, text, text[1:])
+    stuck = rewrite.inseparable(set(neighbours()))
+    if not stuck:
+        return list(text)
     parts: list[str] = []
-    start = 0
-    for position in range(1, len(text)):
-        char = text[position]
-        before = text[max(start, position - _CONTEXT) : position]
-        # Marks can be reordered over several characters, which no test of neighbours sees.
-        if not unicodedata.combining(char) and cached(before + char) == cached(before) + cached(char):
-            parts.append(text[start:position])
-            start = position
-    parts.append(text[start:])
-    return [(part, cached(part)) for part in parts]
+    done = 0
+    for position in [index for index, pair in enumerate(neighbours(), 1) if pair in stuck]:
+        if position <= done:
+            continue
+        start = position - 1
+        parts.extend(text[done:start])
+        done = position
+        while done < len(text) and not rewrite.separates(text[max(start, done - _CONTEXT) : done], text[done]):
+            done += 1
+        parts.append(text[start:done])
+    parts.extend(text[done:])
+    return parts
 
 
-def _merge_at_mismatch(pieces: list[tuple[str, str]], normal: str, rewrite: Rewrite) -> list[tuple[str, str]]:
-    """Join the piece where the normalised pieces leave ``normal`` with its neighbours (twice as many each time)."""
+def _merge_at_mismatch(parts: list[str], rewritten: dict[str, str], normal: str) -> list[str]:
+    """Join the part where the normalised parts leave ``normal`` with its neighbours (twice as many each time)."""
     position, index = 0, 0
-    while index < len(pieces) - 1 and normal.startswith(pieces[index][1], position):
-        position += len(pieces[index][1])
+    while index < len(parts) - 1 and normal.startswith(rewritten[parts[index]], position):
+        position += len(rewritten[parts[index]])
         index += 1
-    width = max(1, len(pieces[index][0]))
-    first, last = max(0, index - width), min(len(pieces), index + width + 1)
-    merged = "".join(part for part, _ in pieces[first:last])
-    return [*pieces[:first], (merged, rewrite(merged)), *pieces[last:]]
+    width = max(1, len(parts[index]))
+    first, last = max(0, index - width), min(len(parts), index + width + 1)
+    return [*parts[:first], "".join(parts[first:last]), *parts[last:]]
 
 
-def _map_back(pieces: list[tuple[str, str]]) -> NormalForm:
-    starts: list[int] = []
-    ends: list[int] = [0]
-    text_byte = 0
-    for part, normal in pieces:
-        size, normal_size = len(part.encode()), len(normal.encode())
-        if part == normal:
-            starts.extend(range(text_byte, text_byte + size))
-            ends.extend(range(text_byte + 1, text_byte + size + 1))
-        else:
-            starts.extend([text_byte] * normal_size)
-            ends.extend([text_byte + size] * normal_size)
-        text_byte += size
-    starts.append(text_byte)
-    return NormalForm(
-        "".join(normal for _, normal in pieces).encode(),
-        np.array(starts, dtype=np.int64),
-        np.array(ends, dtype=np.int64),
-    )
+def _map_back(parts: list[str], rewritten: dict[str, str], normal: str) -> NormalForm:
+    kinds = {part: kind for kind, part in enumerate(rewritten)}
+    kind_of = np.fromiter(map(kinds.__getitem__, parts), np.int64, len(parts))
+    sizes = np.array([len(part.encode()) for part in rewritten])[kind_of]
+    normal_sizes = np.array([len(after.encode()) for after in rewritten.values()])[kind_of]
+    is_same = np.array([part == after for part, after in rewritten.items()])[kind_of]
+    part_ends = sizes.cumsum()
+    part_of = np.repeat(np.arange(len(parts)), normal_sizes)  # of each normalised byte
+    starts, ends = (part_ends - sizes)[part_of], part_ends[part_of]
+    kept = np.flatnonzero(is_same[part_of])
+    starts[kept] += kept - (normal_sizes.cumsum() - normal_sizes)[part_of[kept]]
+    ends[kept] = starts[kept] + 1
+    return NormalForm(normal.encode(), np.append(starts, part_ends[-1]), np.insert(ends, 0, 0))

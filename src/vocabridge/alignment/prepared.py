@@ -124,6 +124,7 @@ class PreparedTokenizer:
         table: bytes of each id.
         encoder: encodes text.
         rewrite: the rewriting part of its normaliser, or None.
+        keeps_newlines: whether that part leaves a newline as it is.
         vocab_size: number of tokens when it was prepared.
     """
 
@@ -132,6 +133,7 @@ class PreparedTokenizer:
     table: TokenTable
     encoder: Encoder
     rewrite: Rewrite | None
+    keeps_newlines: bool
     vocab_size: int
 
 
@@ -171,12 +173,14 @@ def _prepare(tokenizer: PreTrainedTokenizerBase) -> PreparedTokenizer:
         family = read_slow_family(tokenizer)
         encoder = SlowEncoder(tokenizer)
         vocab, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    rewrite = make_rewrite(family)
     return PreparedTokenizer(
         name=tokenizer_name(tokenizer),
         family=family,
         table=build_table(vocab, added, family=family),
         encoder=encoder,
-        rewrite=make_rewrite(family),
+        rewrite=rewrite,
+        keeps_newlines=rewrite is None or rewrite("\n") == "\n",
         vocab_size=len(tokenizer),
     )
 

@@ -7,6 +7,7 @@ the bytes; with them it is the best reading, the tokenizer's own offset first.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from vocabridge.alignment.family import WHITE_SPACE, TokenizerFamily
 from vocabridge.alignment.token_table import TokenTable
 
 _MARKER = b" "  # how the table spells a space marker
+_SPACE_RUN = re.compile(b"(?:" + b"|".join(char.encode() for char in sorted(WHITE_SPACE)) + b")+")
+_SPACE_LEADS = frozenset(char.encode()[:1] for char in WHITE_SPACE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,36 @@ class Reader:
 
     def read(self) -> Reading:
         """Find the first complete reading in the order of the options."""
+        return self._read_straight() or self._search()
+
+    def _read_straight(self) -> Reading | None:
+        """The reading that takes the best option of every token; None where a search has to go back on one.
+
+        A token that stands right here or right behind white space is what `_options` gives first, found at less cost.
+        """
+        data, pieces, drops_space = self._data, self._table.data, self._family.drops_space
+        starts: list[int] = []
+        ends: list[int] = []
+        position = 0
+        for index, token_id in enumerate(self._token_ids):
+            piece = pieces[token_id] or b""
+            start = position
+            if drops_space and data[start : start + 1] in _SPACE_LEADS and (run := _SPACE_RUN.match(data, start)):
+                start = run.end()
+            # A marker may stand for all the white space here, and an unused id has no bytes: see `_options`.
+            is_marked = drops_space and piece[:1] in _SPACE_LEADS and _SPACE_RUN.match(piece)
+            if piece and not is_marked and data.startswith(piece, start):
+                position = start + len(piece)
+            elif step := next(self._options(index, position), None):
+                start, position = step
+            else:
+                return None
+            starts.append(start)
+            ends.append(position)
+        return Reading(starts, ends) if self._rest_is_skippable(position) else None
+
+    def _search(self) -> Reading:
+        """Depth first over all options."""
         count = len(self._token_ids)
         if count == 0:
             return Reading([], []) if self._rest_is_skippable(0) else Reading([], [], 0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -77,8 +78,7 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> Encode
     if not text:
         return EncodedText([], _NO_RANGES, _NO_TOKENS, _NO_RANGES)
     prepared = prepare(tokenizer)
-    keeps_newlines = prepared.rewrite is None or prepared.rewrite("\n") == "\n"
-    if prepared.family.drops_space or not keeps_newlines:
+    if prepared.family.drops_space or not prepared.keeps_newlines:
         return byte_spans(tokenizer, text)
     _utf8(text)  # so that a lone surrogate is reported at its own position
     behind = _cut_front(byte_spans(tokenizer, "\n" + text), num_bytes=1)
@@ -87,13 +87,17 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> Encode
 
 def _cut_front(encoded: EncodedText, *, num_bytes: int) -> EncodedText | None:
     """What follows the first bytes; None when a token lies on both sides of the cut."""
-    starts, ends = encoded.spans[:, 0], encoded.spans[:, 1]
-    first = int(np.searchsorted(starts, num_bytes, side="left"))
-    if first and ends[first - 1] > num_bytes:
+    first = 0
+    while first < len(encoded.ids) and encoded.spans[first, 0] < num_bytes:
+        first += 1
+    if first and encoded.spans[first - 1, 1] > num_bytes:
         return None
+    spans = encoded.spans[first:] - num_bytes
+    if not (len(encoded.shared) or len(encoded.dropped)):
+        return EncodedText(encoded.ids[first:], spans, _NO_TOKENS, _NO_RANGES)
     return EncodedText(
         encoded.ids[first:],
-        encoded.spans[first:] - num_bytes,
+        spans,
         encoded.shared[encoded.shared >= first] - first,
         np.maximum(encoded.dropped[encoded.dropped[:, 1] > num_bytes] - num_bytes, 0),
     )
@@ -103,12 +107,17 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, specials: Specials
     data = _utf8(text)
     prepared = prepare(tokenizer)
     raw = _raw_tokens(prepared, text, specials=specials, prefix=prefix)
-    if max(raw.ids, default=0) >= len(prepared.table.data):  # tokens were added since it was prepared
+    ids = np.fromiter(raw.ids, np.int64, len(raw.ids))
+    try:
+        is_control = prepared.table.is_control[ids]
+    except IndexError:  # tokens were added since it was prepared
         prepared = prepare_again(tokenizer)
         raw = _raw_tokens(prepared, text, specials=specials, prefix=prefix)
-    if specials == "text" and not prepared.table.control_ids.isdisjoint(raw.ids):
+        ids = np.fromiter(raw.ids, np.int64, len(raw.ids))
+        is_control = prepared.table.is_control[ids]
+    if specials == "text" and np.count_nonzero(is_control):
         _refuse_control(prepared, raw)
-    spans = _spell(prepared, raw.ids, data)
+    spans = _spell(prepared, raw, data, ids)
     if spans is not None:
         return EncodedText(raw.ids, spans, _NO_TOKENS, _NO_RANGES)
     spans = _search(prepared, raw, text)
@@ -143,20 +152,23 @@ def _refuse_control(prepared: PreparedTokenizer, raw: RawTokens) -> None:
     )
 
 
-def _spell(prepared: PreparedTokenizer, ids: list[int], data: bytes) -> np.ndarray | None:
+def _spell(prepared: PreparedTokenizer, raw: RawTokens, data: bytes, ids: np.ndarray) -> np.ndarray | None:
     """Prefix sums if the tokens spell the text, or the text behind one synthetic space; else None."""
-    joined = b"".join(map(prepared.table.data.__getitem__, ids))  # type: ignore[arg-type]
+    pieces = itemgetter(*raw.ids)(prepared.table.data) if len(ids) > 1 else [prepared.table.data[i] for i in raw.ids]
+    joined = b"".join(pieces)  # type: ignore[arg-type]  # None for unused ids, which no tokenizer gives
     if joined == data:
         prefix_length = 0
     elif prepared.family.synthetic_prefix and joined[:1] == b" " and joined[1:] == data:
         prefix_length = 1
     else:
         return None
-    bounds = np.zeros(len(ids) + 1, dtype=np.int64)
-    np.cumsum(prepared.table.lengths[ids], out=bounds[1:])
+    spans = np.zeros((len(ids), 2), dtype=np.int64)
+    ends = spans[:, 1]
+    prepared.table.lengths[ids].cumsum(out=ends)
     if prefix_length:
-        np.maximum(bounds - prefix_length, 0, out=bounds)
-    return np.stack((bounds[:-1], bounds[1:]), axis=1)
+        np.maximum(ends - prefix_length, 0, out=ends)
+    spans[1:, 0] = ends[:-1]
+    return spans
 
 
 def _search(prepared: PreparedTokenizer, raw: RawTokens, text: str) -> np.ndarray:
@@ -170,7 +182,7 @@ def _search(prepared: PreparedTokenizer, raw: RawTokens, text: str) -> np.ndarra
     spans = np.zeros((len(raw.ids), 2), dtype=np.int64)
     token, char = 0, 0
     for index, start, end in [*_literal_tokens(prepared, raw, text), (len(raw.ids), len(text), len(text))]:
-        stretch = _Stretch(text[char:start], token, index, char_bytes[char])
+        stretch = _Stretch(text[char:start], token, index, int(char_bytes[char]))
         spans[token:index] = _read_stretch(prepared, raw, stretch, char_bytes)
         if index < len(raw.ids):
             spans[index] = char_bytes[start], char_bytes[end]
@@ -188,12 +200,12 @@ class _Stretch:
     byte_offset: int
 
 
-def _char_bytes(text: str) -> list[int]:
-    """Byte position of each character and of the end."""
-    positions = [0]
-    for char in text:
-        code = ord(char)
-        positions.append(positions[-1] + (1 if code < 0x80 else 2 if code < 0x800 else 3 if code < 0x10000 else 4))
+def _char_bytes(text: str) -> np.ndarray:
+    """int64 [len(text) + 1]: byte position of each character and of the end."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    positions = np.arange(len(text) + 1, dtype=np.int64)
+    for first in (0x80, 0x800, 0x10000):  # from here on a character takes one byte more
+        positions[1:] += (codes >= first).cumsum()
     return positions
 
 
@@ -217,7 +229,7 @@ def _literal_tokens(prepared: PreparedTokenizer, raw: RawTokens, text: str) -> l
     return found
 
 
-def _read_stretch(prepared: PreparedTokenizer, raw: RawTokens, stretch: _Stretch, char_bytes: list[int]) -> np.ndarray:
+def _read_stretch(prepared: PreparedTokenizer, raw: RawTokens, stretch: _Stretch, char_bytes: np.ndarray) -> np.ndarray:
     form = normal_form(stretch.text, prepared.rewrite)
     token_ids = raw.ids[stretch.first : stretch.last]
     reading = Reader(
@@ -236,14 +248,14 @@ def _read_stretch(prepared: PreparedTokenizer, raw: RawTokens, stretch: _Stretch
 
 
 def _unknown_ends(
-    prepared: PreparedTokenizer, raw: RawTokens, stretch: _Stretch, form: NormalForm, char_bytes: list[int]
+    prepared: PreparedTokenizer, raw: RawTokens, stretch: _Stretch, form: NormalForm, char_bytes: np.ndarray
 ) -> dict[int, int]:
     unknown_id = prepared.table.unknown_id
     if raw.encoding is None or unknown_id < 0 or unknown_id not in raw.ids:
         return {}
     offsets = raw.encoding.offsets
     return {
-        index - stretch.first: form.boundary_at(char_bytes[offsets[index][1]] - stretch.byte_offset)
+        index - stretch.first: form.boundary_at(int(char_bytes[offsets[index][1]]) - stretch.byte_offset)
         for index in range(stretch.first, stretch.last)
         if raw.ids[index] == unknown_id
     }

@@ -31,6 +31,7 @@ class TokenTable:
         data: bytes of each id, a space marker read as a space; control tokens by their spelling; None for unused ids.
         lengths: number of bytes of each id, int64 [V]; 0 for unused ids.
         control_ids: ids of added tokens marked special, less the unknown token.
+        is_control: whether each id is one of them, bool [V].
         added: the added tokens by id.
         fallback_ids: ids of ``<0xNN>`` pieces.
         unknown_id: id of the unknown token, or -1.
@@ -41,6 +42,7 @@ class TokenTable:
     data: list[bytes | None]
     lengths: np.ndarray
     control_ids: frozenset[int]
+    is_control: np.ndarray
     added: dict[int, AddedToken]
     fallback_ids: frozenset[int]
     unknown_id: int
@@ -76,10 +78,13 @@ def build_table(vocab: dict[str, int], added: dict[int, AddedToken], *, family: 
     unknown_id = -1 if family.unknown_token is None else vocab.get(family.unknown_token, -1)
     fallback = {i for piece, i in vocab.items() if family.byte_fallback and _FALLBACK_PIECE.fullmatch(piece)}
     control = {token_id for token_id, token in added.items() if token.special} - {unknown_id}
+    is_control = np.zeros(size, dtype=bool)
+    is_control[list(control)] = True
     return TokenTable(
         data=data,
         lengths=np.array([len(piece or b"") for piece in data], dtype=np.int64),
         control_ids=frozenset(control),
+        is_control=is_control,
         added=dict(added),
         fallback_ids=frozenset(fallback),
         unknown_id=unknown_id,
