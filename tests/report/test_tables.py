@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from statistics import fmean, stdev
@@ -82,6 +83,24 @@ def test_all_figures_are_what_plotly_takes(report: Report) -> None:
     for chart in charts:
         go.Figure(chart.figure)  # names every property that it does not know
         json.dumps(chart.figure, allow_nan=False)
+
+
+def test_labels_from_data_are_not_plotlys_markup(tmp_path: Path) -> None:
+    hostile = collect(report_cases.hostile_study(tmp_path))
+    charts = [*results(hostile).charts, *trained(hostile).losses, *cloud_charts(hostile)]
+    labels: list[str] = []
+    for chart in charts:
+        for trace in chart.figure["data"]:
+            text = trace.get("text", [])
+            labels += [trace.get("name", ""), *text]
+        layout = chart.figure["layout"]
+        labels += layout["yaxis"].get("ticktext", []) + [note["text"] for note in layout.get("annotations", [])]
+    marked = [label for label in labels if "script" in label]
+    assert len(marked) > 50
+    for label in marked:
+        assert "<" not in label
+        assert "<script>" in html.unescape(label)
+    assert any("<b>&amp;" in html.unescape(label) for label in marked)
 
 
 def test_loss_chart_has_seeds_mean_and_band(report: Report) -> None:

@@ -108,7 +108,7 @@ def difference_figure(parts: Sequence[Difference], variants: Sequence[str], *, u
         )
     layout = _layout(x=f"difference, {unit}", y="")
     layout["height"] = 90 + 44 * len(variants)
-    layout["margin"] |= {"l": 130}
+    layout["margin"] |= {"l": 140}
     layout["yaxis"] |= {
         "tickvals": [-index for index in range(len(variants))],
         "ticktext": [label(_short(variant)) for variant in variants],
