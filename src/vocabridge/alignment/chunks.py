@@ -26,7 +26,8 @@ def chunk_ids(student_spans: np.ndarray, teacher_spans: np.ndarray) -> tuple[np.
     >>> student.tolist(), teacher.tolist()
     ([0, 0, 1], [0, 1])
     """
-    student, teacher = (np.asarray(spans, dtype=np.int64).reshape(-1, 2) for spans in (student_spans, teacher_spans))
+    student = np.asarray(student_spans, dtype=np.int64).reshape(-1, 2)
+    teacher = np.asarray(teacher_spans, dtype=np.int64).reshape(-1, 2)
     partitioned = _number_partitions(student, teacher)
     return _number_segments(student, teacher) if partitioned is None else partitioned
 

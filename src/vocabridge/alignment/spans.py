@@ -55,7 +55,7 @@ def byte_spans(tokenizer: PreTrainedTokenizerBase, text: str, *, specials: Speci
         UserError: The tokenizer is not covered, its pieces do not spell the text, a control token comes out of text, or
             the text holds a lone surrogate.
     """
-    return _encode(tokenizer, text, specials=specials, prefix=True)
+    return _encode(tokenizer, prepare(tokenizer), text, specials=specials, prefix=True)
 
 
 def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
@@ -81,18 +81,19 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> Encode
     if prepared.family.drops_space or not prepared.keeps_newlines:
         return byte_spans(tokenizer, text)
     _utf8(text)  # so that a lone surrogate is reported at its own position
-    behind = _cut_front(byte_spans(tokenizer, "\n" + text), num_bytes=1)
-    return _encode(tokenizer, text, specials="text", prefix=False) if behind is None else behind
+    behind = _cut_front(_encode(tokenizer, prepared, "\n" + text, specials="text", prefix=True), num_bytes=1)
+    return _encode(tokenizer, prepare(tokenizer), text, specials="text", prefix=False) if behind is None else behind
 
 
 def _cut_front(encoded: EncodedText, *, num_bytes: int) -> EncodedText | None:
-    """What follows the first bytes; None when a token lies on both sides of the cut."""
+    """What follows the first bytes, in the same memory; None when a token lies on both sides of the cut."""
     first = 0
     while first < len(encoded.ids) and encoded.spans[first, 0] < num_bytes:
         first += 1
     if first and encoded.spans[first - 1, 1] > num_bytes:
         return None
-    spans = encoded.spans[first:] - num_bytes
+    spans = encoded.spans[first:]
+    spans -= num_bytes
     if not (len(encoded.shared) or len(encoded.dropped)):
         return EncodedText(encoded.ids[first:], spans, _NO_TOKENS, _NO_RANGES)
     return EncodedText(
@@ -103,9 +104,10 @@ def _cut_front(encoded: EncodedText, *, num_bytes: int) -> EncodedText | None:
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, specials: Specials, prefix: bool) -> EncodedText:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, prepared: PreparedTokenizer, text: str, *, specials: Specials, prefix: bool
+) -> EncodedText:
     data = _utf8(text)
-    prepared = prepare(tokenizer)
     raw = _raw_tokens(prepared, text, specials=specials, prefix=prefix)
     ids = np.fromiter(raw.ids, np.int64, len(raw.ids))
     try:
