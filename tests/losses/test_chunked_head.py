@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vocabridge.losses import chunked_head
 from vocabridge.losses.chunked_head import HeadInput, chunked_head_loss, head_logits, head_rows, token_log_probs
 from vocabridge.losses.divergences import forward_kl
+from vocabridge.losses.head_pass import Gradients
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 N, H_S, H_T = 23, 5, 6
@@ -16,8 +17,10 @@ MODES = ("one_pass", "checkpoint")
 CHUNKS = (1, 4, 7, N, N + 77)
 
 
-def chunk_bytes(inputs, num_rows):
+def chunk_bytes(inputs, num_rows, mode="one_pass"):
     """The budget that allows ``num_rows`` rows a chunk."""
+    if mode == "checkpoint":
+        return num_rows * chunked_head.TENSORS_PER_INPUT * chunked_head._logits_bytes(inputs)
     return num_rows * chunked_head._bytes_per_row(inputs)
 
 
@@ -90,7 +93,7 @@ def test_equals_whole_logits(mode, rows_per_chunk, v_s, v_t):
         case.rows,
         weights=[0.5, 2.0],
         mode=mode,
-        chunk_bytes=chunk_bytes(case.inputs, rows_per_chunk),
+        chunk_bytes=chunk_bytes(case.inputs, rows_per_chunk, mode),
     )
     torch.testing.assert_close(out.sums, sums.detach())
     torch.testing.assert_close(out.metrics, metrics)
@@ -122,7 +125,7 @@ def test_gradcheck(mode):
 
     def total(hidden, weight, bias):
         inputs = [HeadInput(hidden, weight, bias, soft_cap=4.0, logit_scale=0.7), case.inputs[1]]
-        budget = chunk_bytes(inputs, 3)
+        budget = chunk_bytes(inputs, 3, mode)
         return chunked_head_loss(
             case.row_losses, inputs, case.rows, weights=[1.0, 1.0], mode=mode, chunk_bytes=budget
         ).total
@@ -167,7 +170,7 @@ def test_frozen_head_gets_no_gradient_and_no_buffer(mode):
     case.weight.requires_grad_(False)
     case.bias.requires_grad_(False)
     trained_shapes, frozen_shapes = NewTensors(), NewTensors()
-    budget = chunk_bytes(case.inputs, 4)
+    budget = chunk_bytes(case.inputs, 4, mode)
     with frozen_shapes:
         out = chunked_head_loss(
             case.row_losses, case.inputs, case.rows, weights=[1.0, 1.0], mode=mode, chunk_bytes=budget
@@ -249,7 +252,7 @@ def test_one_head_shared_by_several_inputs(mode):
     expected_total = sum(loss.sum() for loss in shared_head_losses(whole, [labels])[0])
     expected = torch.autograd.grad(expected_total, [own, projected, weight])
     out = chunked_head_loss(
-        shared_head_losses, inputs, [labels], weights=[1.0] * 4, mode=mode, chunk_bytes=chunk_bytes(inputs, 5)
+        shared_head_losses, inputs, [labels], weights=[1.0] * 4, mode=mode, chunk_bytes=chunk_bytes(inputs, 5, mode)
     )
     torch.testing.assert_close(out.total, expected_total)
     gradients = torch.autograd.grad(out.total, [own, projected, weight])
@@ -260,8 +263,8 @@ def test_one_head_shared_by_several_inputs(mode):
 def test_a_shared_head_has_one_gradient_buffer():
     weight = leaf(13, H_S, seed=2)
     inputs = [HeadInput(leaf(N, H_S, seed=1), weight), HeadInput(leaf(N, H_S, seed=7), weight)]
-    gradients = chunked_head._Gradients(inputs, [])
-    assert [tuple(tensor.shape) for tensor in gradients.tensors] == [(N, H_S), (13, H_S), (N, H_S)]
+    gradients = Gradients(inputs, [])
+    assert [tuple(tensor.shape) for tensor in gradients.tensors] == [(N, H_S), (N, H_S), (13, H_S)]
 
 
 def test_tied_embedding_adds_both_gradients():
@@ -340,7 +343,7 @@ def test_bfloat16_is_as_good_as_whole_logits(mode):
         [teacher.float()],
         weights=[1.0],
         mode=mode,
-        chunk_bytes=chunk_bytes(inputs, 32),
+        chunk_bytes=chunk_bytes(inputs, 32, mode),
     )
     assert out.total.dtype == torch.float32
     gradients = torch.autograd.grad(out.total, low)
@@ -384,7 +387,7 @@ def test_largest_tensor_is_a_chunk(mode):
             [],
             weights=[1.0],
             mode=mode,
-            chunk_bytes=chunk_bytes(inputs, 16),
+            chunk_bytes=chunk_bytes(inputs, 16, mode),
         ).total.backward()
     assert hidden.grad.count_nonzero() > 0
     assert max(probe.sizes) == 16 * vocab

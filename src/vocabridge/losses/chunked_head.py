@@ -7,13 +7,15 @@ A distillation loss on full logits holds about six ``[N, V]`` tensors in float32
 :func:`chunked_head_loss` walks over chunks of rows instead and knows two forms with the same result:
 
 * ``one_pass`` computes loss *and* gradient inside the forward loop, so no logits are kept and no head is applied twice.
-  Kept until the backward pass: one ``[N, H]`` gradient per hidden input, one ``[V, H]`` gradient per trained head,
-  accumulated in float32, and one per row tensor with a gradient. The row losses must own no trained parameter: it would
-  silently get no gradient, so it is refused.
-* ``checkpoint`` recomputes each chunk in the backward pass. General, at the price of applying every head twice and of
-  summing the head's gradient over chunks in the head's own dtype.
+  A chunk is one matrix product a head; the row losses get a few rows of it at a time, and the gradient takes the place
+  of those logits. Kept until the backward pass: one ``[N, H]`` gradient per hidden input, one ``[V, H]`` gradient per
+  trained head, accumulated in float32, and one per row tensor with a gradient. The row losses must own no trained
+  parameter: it would silently get no gradient, so it is refused.
+* ``checkpoint`` recomputes each chunk in the backward pass. General, at the price of applying every head twice, of
+  several logits-sized tensors and of summing the head's gradient over chunks in the head's own dtype.
 
-:func:`head_rows` gives per-row numbers instead of a sum, for losses that join rows (a chunk's log-likelihood).
+:func:`head_rows` gives per-row numbers instead of a sum, for losses that join rows (a chunk's log-likelihood);
+it computes logits again in the backward pass.
 """
 
 from __future__ import annotations
@@ -23,27 +25,44 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-DEFAULT_CHUNK_BYTES = 2**30
-"""On CPU the head's matrix products lose half their speed below about 100 rows, where reading ``[V, H]`` dominates.
+from vocabridge.losses.head_pass import (
+    Chunk,
+    Gradients,
+    RowLosses,
+    Sums,
+    accumulation_dtype,
+    attach_gradients,
+    chunk_products,
+    logits_of,
+    row_sums,
+    scaled_and_capped,
+    trained_tensors,
+    walk,
+    weighted_total,
+)
 
-At V = 262144 on both sides this gives 170 rows: one step costs 1.3 times its bare matrix products; at 256 MiB, 1.9.
+DEFAULT_CHUNK_BYTES = 2**28
+"""On CPU a matrix product loses speed below about 100 rows, where reading ``[V, H]`` dominates.
+
+At V = 262144 this gives two inputs of one head 106 rows each of 317, which are multiplied together.
 """
+
+BLOCK_BYTES = {"cpu": 2**24}
+"""Logits that row losses get at once, by device: on CPU what they make of them then stays in the cache."""
+
+ACCELERATOR_BLOCK_BYTES = 2**26
+"""Elsewhere: large enough that launching an operation takes less than running it."""
 
 TENSORS_PER_INPUT = 3
-"""Logits-sized tensors alive at once per input: logits, log-probabilities and probabilities or gradient."""
-
-RowLosses = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[list[Tensor], list[Tensor]]]
-"""``(logits [n, V_i] of every input, rows [n, ...]) -> (losses [n] each, metrics [n] each)``.
-
-Each row's loss depends on that row only and is independent of the chunk it is in. Metrics carry no gradient.
-"""
+"""Logits-sized tensors alive at once per input where a row function gets whole chunks: logits, log-probabilities and
+probabilities or gradient."""
 
 RowFunction = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], Tensor]
 """``(logits [n, V_i] of every input, rows [n, ...]) -> [n, ...]``, each row from that row only."""
@@ -89,12 +108,7 @@ def head_logits(
     dtype = _matmul_dtype(weight)
     with torch.autocast(weight.device.type, enabled=False):
         product = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        logits = product.to(_accumulation_dtype(dtype))
-        if logit_scale != 1.0:
-            logits = logits * logit_scale
-        if soft_cap is not None:
-            logits = (logits / soft_cap).tanh_() * soft_cap
-    return logits
+        return scaled_and_capped(product, soft_cap=soft_cap, logit_scale=logit_scale)
 
 
 def chunked_head_loss(
@@ -114,7 +128,7 @@ def chunked_head_loss(
         inputs: hidden states with their heads, all of N rows; row_losses gets their logits in this order.
         rows: further tensors of N rows, cut the same way; those that require a gradient get it.
         weights: factor of each loss in ``total``; a loss of weight 0 is only reported.
-        chunk_bytes: bound on the logits-sized tensors of one chunk, all inputs together.
+        chunk_bytes: bound on the logits of one chunk, all inputs together.
         mode: ``one_pass``, or ``checkpoint`` where row_losses reads trained parameters.
         group_starts: first rows of groups, ascending from 0, that no chunk may part: row_losses sees whole groups, in
             order, and may then let the losses of a group depend on all its rows. None: every row is its own group.
@@ -125,12 +139,16 @@ def chunked_head_loss(
     Raises:
         RuntimeError: in ``one_pass`` mode the loss depends on something trained other than inputs and rows.
     """
-    chunks = _row_chunks(inputs, rows, chunk_bytes)
+    _check_lengths(inputs, rows)
+    if mode == "one_pass" and not group_starts:
+        return _one_pass(row_losses, inputs, rows, weights, _in_blocks(inputs, chunk_bytes))
+    # The row losses get whole chunks, so that what they make of the logits counts as well.
+    chunks = _chunks(len(inputs[0].hidden), chunk_bytes // (TENSORS_PER_INPUT * _logits_bytes(inputs)))
     if group_starts:
         chunks = _whole_groups(chunks, group_starts)
     if mode == "checkpoint":
         return _checkpointed(row_losses, inputs, rows, weights, chunks)
-    return _one_pass(row_losses, inputs, rows, weights, chunks)
+    return _one_pass(row_losses, inputs, rows, weights, [Chunk(chunk, [chunk]) for chunk in chunks])
 
 
 def head_rows(
@@ -146,51 +164,44 @@ def head_rows(
         row_function: see :data:`RowFunction`; runs with autocast off, and twice per chunk when there is a gradient.
         inputs: hidden states with their heads, all of N rows.
         rows: further tensors of N rows, cut the same way.
-        chunk_bytes: bound on the logits-sized tensors of one chunk, all inputs together.
+        chunk_bytes: bound on the logits of one chunk, all inputs together.
 
     Returns:
         ``[N, ...]`` in the function's dtype.
     """
-    operands = _cast_once(inputs)
-
-    def of_chunk(chunk: slice) -> Tensor:
-        logits = tuple(_chunk_logits(operand, chunk) for operand in operands)
-        with torch.autocast(logits[0].device.type, enabled=False):
-            return row_function(logits, tuple(row[chunk] for row in rows))
-
-    chunks = _row_chunks(inputs, rows, chunk_bytes)
-    if not torch.is_grad_enabled():
-        return torch.cat([of_chunk(chunk) for chunk in chunks])
-    return torch.cat([checkpoint(of_chunk, chunk, use_reentrant=False) for chunk in chunks])
+    _check_lengths(inputs, rows)
+    chunks = _in_blocks(inputs, chunk_bytes)
+    tensors = trained_tensors(inputs, rows)
+    result: Tensor = _HeadRows.apply(row_function, inputs, rows, chunks, *tensors)
+    return result
 
 
-def _row_chunks(inputs: Sequence[HeadInput], rows: Sequence[Tensor], chunk_bytes: int) -> list[slice]:
+def _check_lengths(inputs: Sequence[HeadInput], rows: Sequence[Tensor]) -> None:
     num_rows = inputs[0].hidden.shape[0]
     assert all(len(item.hidden) == num_rows for item in inputs), [len(item.hidden) for item in inputs]
     assert all(len(row) == num_rows for row in rows), (num_rows, [len(row) for row in rows])
-    return _chunks(num_rows, chunk_bytes // _bytes_per_row(inputs))
 
 
 def constant_logits(head: HeadInput) -> Callable[[slice], Tensor]:
     """``rows -> logits [n, V]`` of ``head`` without gradient, cast once to what autocast is now."""
     (operand,) = _cast_once([replace(head, hidden=head.hidden.detach(), train_head=False)])
 
-    def logits_of(rows: slice) -> Tensor:
+    def of_rows(rows: slice) -> Tensor:
         with torch.no_grad():
             return _chunk_logits(operand, rows)
 
-    return logits_of
+    return of_rows
 
 
 @torch.no_grad()
 def token_log_probs(head: HeadInput, labels: Tensor, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Tensor:
     """Log-probability ``[N]`` in nats, float32, of ``labels [N]`` (vocabulary ids) under ``head``; no gradient."""
-    (operand,) = _cast_once([head])
-    parts = []
-    for chunk in _chunks(len(labels), chunk_bytes // _bytes_per_row([head])):
-        logits = _chunk_logits(operand, chunk)
-        parts.append(logits.gather(-1, labels[chunk].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1))
-    return torch.cat(parts)
+    return head_rows(
+        lambda logits, rows: -F.cross_entropy(logits[0], rows[0], reduction="none"),
+        [head],
+        [labels],
+        chunk_bytes=chunk_bytes,
+    )
 
 
 def _one_pass(
@@ -198,52 +209,16 @@ def _one_pass(
     inputs: Sequence[HeadInput],
     rows: Sequence[Tensor],
     weights: Sequence[float],
-    chunks: Sequence[slice],
+    chunks: Sequence[Chunk],
 ) -> ChunkedLoss:
-    gradients = _Gradients(inputs, rows) if torch.is_grad_enabled() else None
-    sums: list[_Sums] = []
+    gradients = Gradients(inputs, rows) if torch.is_grad_enabled() else None
     with torch.no_grad():
         operands = _cast_once(inputs)
-        for chunk in chunks:
-            sums.append(_one_pass_chunk(row_losses, operands, rows, weights, chunk, gradients))
-    result = _add_up(sums, weights)
+    sums = walk(row_losses, operands, rows, weights, chunks, gradients)
+    result = ChunkedLoss(weighted_total(sums.losses, weights), *sums)
     if gradients is None or not gradients.tensors:
         return result
-    total = _AttachGradients.apply(result.total, gradients.finished(), *gradients.tensors)
-    return ChunkedLoss(total, result.sums, result.metrics)
-
-
-def _one_pass_chunk(
-    row_losses: RowLosses,
-    operands: Sequence[HeadInput],
-    rows: Sequence[Tensor],
-    weights: Sequence[float],
-    chunk: slice,
-    gradients: _Gradients | None,
-) -> _Sums:
-    """Losses of one chunk; adds their gradient to ``gradients``. Its logits die with the call."""
-    logits = tuple(_chunk_logits(operand, chunk) for operand in operands)
-    parts = tuple(row[chunk].detach() for row in rows)
-    if gradients is None:
-        return _chunk_sums(row_losses, logits, parts)
-    trained = [i for i in range(len(operands)) if gradients.wants(i)]
-    trained_rows = [i for i, row in enumerate(rows) if row.requires_grad]
-    leaves = [*(logits[i] for i in trained), *(parts[i] for i in trained_rows)]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    with torch.enable_grad():
-        sums = _chunk_sums(row_losses, logits, parts)
-        loss = _weighted_total(sums.losses, weights)
-    if loss.requires_grad:
-        _refuse_other_leaves(loss, leaves)
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        for i, gradient in zip(trained, found[: len(trained)], strict=True):
-            if gradient is not None:
-                gradients.add(i, operands[i], chunk, _through_cap_and_scale(gradient, logits[i].detach(), operands[i]))
-        for i, gradient in zip(trained_rows, found[len(trained) :], strict=True):
-            if gradient is not None:
-                gradients.add_row(rows[i], chunk, gradient)
-    return _Sums(sums.losses.detach(), sums.metrics)
+    return ChunkedLoss(attach_gradients(result.total, gradients), result.sums, result.metrics)
 
 
 def _checkpointed(
@@ -255,136 +230,51 @@ def _checkpointed(
 ) -> ChunkedLoss:
     operands = _cast_once(inputs)
 
-    def sums_of(chunk: slice) -> _Sums:
+    def sums_of(chunk: slice) -> Sums:
         logits = tuple(_chunk_logits(operand, chunk) for operand in operands)
-        return _chunk_sums(row_losses, logits, tuple(row[chunk] for row in rows))
+        return row_sums(row_losses, logits, tuple(row[chunk] for row in rows))
 
-    return _add_up([checkpoint(sums_of, chunk, use_reentrant=False) for chunk in chunks], weights)
-
-
-class _Sums(NamedTuple):  # a tuple, because checkpoint() looks for tensors in tuples only
-    losses: Tensor
-    """``[K]``"""
-    metrics: Tensor
-    """``[M]``, detached"""
+    parts = [checkpoint(sums_of, chunk, use_reentrant=False) for chunk in chunks]
+    losses, metrics = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
+    return ChunkedLoss(weighted_total(losses, weights), losses.detach(), metrics)
 
 
-def _chunk_sums(row_losses: RowLosses, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> _Sums:
-    with torch.autocast(logits[0].device.type, enabled=False):
-        losses, metrics = row_losses(logits, rows)
-        shape = logits[0].shape[:1]
-        assert all(term.shape == shape for term in (*losses, *metrics)), "a row loss or metric is not [n]"
-        metric_sums = [metric.detach().sum().to(logits[0].dtype) for metric in metrics]
-        return _Sums(
-            torch.stack([loss.sum() for loss in losses]),
-            torch.stack(metric_sums) if metric_sums else logits[0].new_zeros(0),
-        )
-
-
-def _add_up(chunk_sums: Sequence[_Sums], weights: Sequence[float]) -> ChunkedLoss:
-    sums = torch.stack([chunk.losses for chunk in chunk_sums]).sum(0)
-    metrics = torch.stack([chunk.metrics for chunk in chunk_sums]).sum(0)
-    return ChunkedLoss(_weighted_total(sums, weights), sums.detach(), metrics)
-
-
-def _weighted_total(sums: Tensor, weights: Sequence[float]) -> Tensor:
-    terms = [weight * loss for weight, loss in zip(weights, sums.unbind(), strict=True)]
-    return torch.stack(terms).sum()
-
-
-class _Gradients:
-    """One gradient buffer per distinct trained tensor among inputs and rows."""
-
-    def __init__(self, inputs: Sequence[HeadInput], rows: Sequence[Tensor]) -> None:
-        self.tensors: list[Tensor] = []
-        self._buffers: dict[int, Tensor] = {}
-        self._inputs = inputs
-        for item in inputs:
-            self._track(item.hidden, item.hidden.dtype)  # every row is written once: nothing to accumulate
-            for parameter in (item.weight, item.bias) if item.train_head else ():
-                if parameter is not None:
-                    self._track(parameter, _accumulation_dtype(parameter.dtype))
-        for row in rows:
-            self._track(row, row.dtype)
-
-    def _track(self, tensor: Tensor, dtype: torch.dtype) -> None:
-        if tensor.requires_grad and id(tensor) not in self._buffers:
-            self.tensors.append(tensor)
-            self._buffers[id(tensor)] = torch.zeros_like(tensor, dtype=dtype)
-
-    def _buffer(self, tensor: Tensor | None) -> Tensor | None:
-        return self._buffers.get(id(tensor))
-
-    def wants(self, index: int) -> bool:
-        """Whether anything of this input is trained."""
-        item = self._inputs[index]
-        heads = (item.weight, item.bias) if item.train_head else ()
-        return any(self._buffer(tensor) is not None for tensor in (item.hidden, *heads))
-
-    def add(self, index: int, operand: HeadInput, chunk: slice, gradient: Tensor) -> None:
-        """Add the gradient ``[n, V]`` with respect to ``hidden @ weight.T + bias`` of one chunk."""
-        item = self._inputs[index]
-        low = gradient.to(operand.weight.dtype)
-        hidden_buffer = self._buffer(item.hidden)
-        if hidden_buffer is not None:
-            hidden_buffer[chunk] += low @ operand.weight
-        if not item.train_head:
-            return
-        weight_buffer, bias_buffer = self._buffer(item.weight), self._buffer(item.bias)
-        if weight_buffer is not None and weight_buffer.dtype == low.dtype:
-            weight_buffer.addmm_(low.t(), operand.hidden[chunk])  # no [V, H] temporary
-        elif weight_buffer is not None:
-            weight_buffer += low.t() @ operand.hidden[chunk]
-        if bias_buffer is not None:
-            bias_buffer += gradient.sum(0)
-
-    def add_row(self, row: Tensor, chunk: slice, gradient: Tensor) -> None:
-        """Add the gradient of one chunk of a row tensor, which may be given twice."""
-        self._buffers[id(row)][chunk] += gradient
-
-    def finished(self) -> list[Tensor]:
-        """The gradients of ``tensors``, each in its tensor's dtype."""
-        return [self._buffers[id(tensor)].to(tensor.dtype) for tensor in self.tensors]
-
-
-class _AttachGradients(torch.autograd.Function):
-    """Gives a finished scalar the finished gradients of the tensors it was computed from."""
-
+class _HeadRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        return total.clone()
+    def forward(
+        ctx: Any,
+        row_function: RowFunction,
+        inputs: Sequence[HeadInput],
+        rows: Sequence[Tensor],
+        chunks: Sequence[Chunk],
+        *tensors: Tensor,
+    ) -> Tensor:
+        operands = _cast_once(inputs)
+        ctx.given = row_function, inputs, operands, rows, chunks
+        result: Tensor | None = None
+        with torch.autocast(operands[0].weight.device.type, enabled=False):
+            for chunk, products in chunk_products(operands, chunks):
+                for block in chunk.blocks:
+                    logits = logits_of(operands, chunk.cut(products, block))
+                    values = row_function(logits, tuple(row[block] for row in rows))
+                    if result is None:
+                        result = values.new_empty(len(operands[0].hidden), *values.shape[1:])
+                    result[block] = values
+        assert result is not None
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # Out of place: a second backward through a retained graph needs them unscaled.
-        return (None, None, *(gradient * upstream for gradient in ctx.saved_tensors))
+        row_function, inputs, operands, rows, chunks = ctx.given
 
+        def row_losses(logits: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+            values = row_function(logits, parts[:-1]) * parts[-1]
+            return [values.unsqueeze(1).flatten(1).sum(1)], []
 
-def _refuse_other_leaves(loss: Tensor, allowed: Sequence[Tensor]) -> None:
-    """Raise if ``loss`` depends on a tensor with gradient other than the ``allowed`` leaves."""
-    own = {id(item) for item in allowed}
-    pending, seen = [loss.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in own:
-            raise RuntimeError(
-                f"the row losses read a trained tensor of shape {tuple(leaf.shape)} that is no input of the chunked "
-                'head and would get no gradient; use mode="checkpoint"'
-            )
-        pending.extend(parent for parent, _ in node.next_functions)
-
-
-def _through_cap_and_scale(gradient: Tensor, logits: Tensor, operand: HeadInput) -> Tensor:
-    """Carry ``[n, V]`` from the logits back to ``hidden @ weight.T + bias``; out of place, it may be shared."""
-    if operand.soft_cap is not None:
-        gradient = gradient * (1 - (logits / operand.soft_cap).square_())
-    return gradient if operand.logit_scale == 1.0 else gradient * operand.logit_scale
+        gradients = Gradients(inputs, rows)
+        walk(row_losses, operands, [*rows, upstream], [1.0], chunks, gradients)
+        return (None, None, None, None, *gradients.finished())
 
 
 def _chunk_logits(operand: HeadInput, chunk: slice) -> Tensor:
@@ -402,9 +292,10 @@ def _cast_once(inputs: Sequence[HeadInput]) -> list[HeadInput]:
     casts: dict[tuple[int, torch.dtype, bool], Tensor] = {}
 
     def cast(tensor: Tensor, dtype: torch.dtype, *, train: bool = True) -> Tensor:
-        key = (id(tensor), dtype, train)
+        detach = not train and torch.is_grad_enabled()  # without a graph, inputs of one head keep one tensor
+        key = (id(tensor), dtype, detach)
         if key not in casts:
-            casts[key] = (tensor if train else tensor.detach()).to(dtype)
+            casts[key] = (tensor.detach() if detach else tensor).to(dtype)
         return casts[key]
 
     operands = []
@@ -428,14 +319,25 @@ def _matmul_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _in_blocks(inputs: Sequence[HeadInput], chunk_bytes: int) -> list[Chunk]:
+    """Chunks whose products with the heads take at most ``chunk_bytes``, and their blocks."""
+    block_bytes = BLOCK_BYTES.get(inputs[0].weight.device.type, ACCELERATOR_BLOCK_BYTES)
+    rows_per_block = block_bytes // _logits_bytes(inputs)
+    chunks = []
+    for rows in _chunks(len(inputs[0].hidden), chunk_bytes // _bytes_per_row(inputs)):
+        blocks = _chunks(rows.stop - rows.start, rows_per_block)
+        chunks.append(Chunk(rows, [slice(rows.start + block.start, rows.start + block.stop) for block in blocks]))
+    return chunks
 
 
 def _bytes_per_row(inputs: Sequence[HeadInput]) -> int:
-    return sum(
-        TENSORS_PER_INPUT * _accumulation_dtype(item.weight.dtype).itemsize * len(item.weight) for item in inputs
-    )
+    """Of one row's products with all heads."""
+    return sum(_matmul_dtype(item.weight).itemsize * len(item.weight) for item in inputs)
+
+
+def _logits_bytes(inputs: Sequence[HeadInput]) -> int:
+    """Of one row of all inputs."""
+    return sum(accumulation_dtype(item.weight.dtype).itemsize * len(item.weight) for item in inputs)
 
 
 def _chunks(num_rows: int, max_rows: int) -> list[slice]:
