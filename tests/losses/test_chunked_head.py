@@ -80,9 +80,17 @@ class Case:
         return torch.stack([first, second]), metrics
 
 
+@pytest.fixture(params=[1, 3, 1000])
+def rows_per_block(request, monkeypatch):
+    """How many rows of the two logits of :class:`Case` are given to row functions at once."""
+    monkeypatch.setattr(chunked_head, "BLOCK_BYTES", {"cpu": request.param * 8 * (13 + 17)})
+    return request.param
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows_per_chunk", CHUNKS)
 @pytest.mark.parametrize(("v_s", "v_t"), [(13, 17), (17, 13)])
+@pytest.mark.usefixtures("rows_per_block")
 def test_equals_whole_logits(mode, rows_per_chunk, v_s, v_t):
     case = Case(v_s, v_t)
     sums, metrics = case.naive()
@@ -105,7 +113,7 @@ def test_equals_whole_logits(mode, rows_per_chunk, v_s, v_t):
 
 
 @pytest.mark.parametrize("rows_per_chunk", CHUNKS)
-def test_no_chunk_is_larger_than_allowed_and_none_is_lost(rows_per_chunk):
+def test_no_block_is_larger_than_allowed_and_no_row_is_lost(rows_per_chunk, rows_per_block):
     case, seen = Case(), []
 
     def row_losses(logits, rows):
@@ -115,8 +123,9 @@ def test_no_chunk_is_larger_than_allowed_and_none_is_lost(rows_per_chunk):
     budget = chunk_bytes(case.inputs, rows_per_chunk)
     chunked_head_loss(row_losses, case.inputs, case.rows, weights=[1.0], chunk_bytes=budget)
     assert sum(seen) == N
-    assert max(seen) <= rows_per_chunk
-    assert len(seen) == -(-N // rows_per_chunk)
+    assert max(seen) <= min(rows_per_chunk, rows_per_block)
+    if rows_per_block >= N:
+        assert len(seen) == -(-N // rows_per_chunk)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -231,6 +240,7 @@ def shared_head_losses(logits, rows):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("rows_per_block")
 def test_one_head_shared_by_several_inputs(mode):
     own, weight = leaf(N, H_S, seed=1), leaf(13, H_S, seed=2)
     projected = leaf(N, H_S, seed=7)
@@ -455,6 +465,7 @@ def test_rows_get_their_gradient(mode):
 
 
 @pytest.mark.parametrize("rows_per_chunk", CHUNKS)
+@pytest.mark.usefixtures("rows_per_block")
 def test_head_rows(rows_per_chunk):
     """Per-row numbers joined over rows afterwards, which a sum of row losses cannot express."""
     case = Case()
@@ -479,6 +490,25 @@ def test_head_rows(rows_per_chunk):
     with torch.no_grad(), NewTensors() as probe:
         assert not head_rows(numbers, case.inputs, case.rows, chunk_bytes=budget).requires_grad
     assert max(probe.sizes) <= max(17 * min(rows_per_chunk, N), 17 * H_T, N * H_T)
+
+
+def test_head_rows_of_a_bfloat16_head_sums_its_gradient_in_float32():
+    """Many chunks, each far smaller than the sum: added in bfloat16 they would be lost."""
+    hidden, weight = leaf(512, H_S, seed=1, dtype=torch.bfloat16), leaf(13, H_S, seed=2, dtype=torch.bfloat16)
+    head = HeadInput(hidden, weight)
+    sums = head_rows(lambda logits, _: logits[0].logsumexp(-1), [head], chunk_bytes=chunk_bytes([head], 1))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    expected = torch.autograd.grad(F.linear(*exact).logsumexp(-1).sum(), exact)
+    for found, reference in zip(torch.autograd.grad(sums.sum(), [hidden, weight]), expected, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert float((found.double() - reference).norm() / reference.norm()) < 0.01
+
+
+def test_head_rows_refuses_trained_tensors_that_it_would_leave_out():
+    case, scale = Case(), torch.ones(13, dtype=torch.float64, requires_grad=True)
+    result = head_rows(lambda logits, _: (logits[0] * scale).sum(-1), case.inputs[:1])
+    with pytest.raises(RuntimeError, match=r"\(13,\)"):
+        result.sum().backward()
 
 
 def test_a_loss_that_is_not_per_row_is_refused():

@@ -54,6 +54,23 @@ def test_nothing_to_compare_leaves_the_other_sides_mass(rows, v_s, v_t):
     assert student.grad.shape == student.shape
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("v_s", "v_t"), [(130, 290), (290, 130), (170, 170)])
+def test_float32_is_float64_of_the_same_numbers(v_s, v_t, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    single = [masses(7, size, seed).detach().pow(9).float() for size, seed in ((v_s, 1), (v_t, 2))]
+    single[0][0, :3] = torch.tensor([0.0, 1e-42, 3e-38])
+    double = [values.double() for values in single]
+    single[0].requires_grad_()
+    double[0].requires_grad_()
+    distances = sorted_l1(*single), sorted_l1(*double)
+    torch.testing.assert_close(distances[0].double(), distances[1], rtol=1e-5, atol=0.0)
+    for distance in distances:
+        distance.sum().backward()
+    assert torch.equal(single[0].grad.double(), double[0].grad)
+    assert set(single[0].grad.unique().tolist()) >= {-1.0, 1.0}
+
+
 def test_inputs_are_left_as_they_are_and_float32_stays():
     student, teacher = masses(3, 8, 1).detach().float(), masses(3, 12, 2).detach().float()
     copies = student.clone(), teacher.clone()

@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 
 import chunk_cases as cases
+from vocabridge.losses.chunk_merge import log_prefix, prefix_positions
 from vocabridge.losses.chunk_rows import chunk_rows
 from vocabridge.losses.divergences import generalised_jsd
 from vocabridge.objectives import _columns
@@ -118,7 +119,9 @@ def test_merged_rows_obey_the_chain_rule(monkeypatch):
         (pair.teacher, chunks.teacher, cases.TEACHER_CHUNKS),
     ):
         rows = cases.plain_logits(side).detach().softmax(-1)
-        merged = rows[ranges.last] * objective._log_prefix(side, ranges).exp()[:, None]
+        positions = prefix_positions(ranges)
+        prefix = log_prefix(objective._label_numbers(side, positions)[:, 0], positions, ranges)
+        merged = rows[ranges.last] * prefix.exp()[:, None]
         realised = merged.gather(1, side.labels[ranges.last][:, None]).squeeze(1)
         products = [math.prod(float(rows[k, side.labels[k]]) for k in c) for c in cases.positions_by_chunk(listed)]
         torch.testing.assert_close(realised, torch.tensor(products, dtype=torch.float64))

@@ -45,6 +45,7 @@ def paired_rows_loss(
     kd_weight: float,
     rows: Sequence[Tensor] = (),
     projected: Sequence[HeadInput] = (),
+    unpaired: Tensor | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> PairedLoss:
     """Apply each head once: to all student positions, and to the teacher positions that are paired.
@@ -60,6 +61,8 @@ def paired_rows_loss(
         kd_weight: share of the distillation part.
         rows: further tensors over the n pairs.
         projected: further hidden states of the n pairs with a head to read each; their logits follow the teacher's.
+        unpaired: ``[N - n, 2]`` loss and metric of :func:`reference_rows` at the other student positions, in order,
+            where the caller has them; else the head is applied to these positions here.
         chunk_bytes: see :func:`~vocabridge.losses.chunked_head.chunked_head_loss`.
 
     Returns:
@@ -79,11 +82,26 @@ def paired_rows_loss(
         weights=[1 - kd_weight, *(kd_weight * weight for weight in weights)],
         chunk_bytes=chunk_bytes,
     )
-    return with_unpaired(paired, student, labels, is_paired=is_paired, kd_weight=kd_weight, chunk_bytes=chunk_bytes)
+    return with_unpaired(
+        paired,
+        student,
+        labels,
+        is_paired=is_paired,
+        kd_weight=kd_weight,
+        unpaired_rows=unpaired,
+        chunk_bytes=chunk_bytes,
+    )
 
 
 def with_unpaired(
-    paired: ChunkedLoss, student: HeadInput, labels: Tensor, *, is_paired: Tensor, kd_weight: float, chunk_bytes: int
+    paired: ChunkedLoss,
+    student: HeadInput,
+    labels: Tensor,
+    *,
+    is_paired: Tensor,
+    kd_weight: float,
+    unpaired_rows: Tensor | None = None,
+    chunk_bytes: int,
 ) -> PairedLoss:
     """Join the loss of paired positions with the cross-entropy of the other ones.
 
@@ -93,6 +111,7 @@ def with_unpaired(
         labels: ``[N]`` student ids.
         is_paired: ``[N]`` bool, the positions in ``paired``.
         kd_weight: share of the distillation part.
+        unpaired_rows: ``[N - n, 2]`` loss and metric of :func:`reference_rows` at the other positions, if known.
         chunk_bytes: see :func:`~vocabridge.losses.chunked_head.chunked_head_loss`.
     """
     if kd_weight == 1:
@@ -100,13 +119,17 @@ def with_unpaired(
     total, cross_entropy_sum, right = paired.total, paired.sums[0], paired.metrics[0]
     unpaired = (~is_paired).nonzero().squeeze(1)
     if len(unpaired):  # else a second gradient of the whole head, all zeros: 0.5 GiB for 152k tokens of width 896
-        rest = chunked_head_loss(
-            reference_rows,
-            [head_at(student, unpaired)],
-            [labels[unpaired]],
-            weights=[1 - kd_weight],
-            chunk_bytes=chunk_bytes,
-        )
+        if unpaired_rows is None:
+            rest = chunked_head_loss(
+                reference_rows,
+                [head_at(student, unpaired)],
+                [labels[unpaired]],
+                weights=[1 - kd_weight],
+                chunk_bytes=chunk_bytes,
+            )
+        else:
+            sums = unpaired_rows.sum(0)
+            rest = ChunkedLoss((1 - kd_weight) * sums[0], sums[:1].detach(), sums[1:].detach())
         total, cross_entropy_sum, right = total + rest.total, cross_entropy_sum + rest.sums[0], right + rest.metrics[0]
     count = labels.shape[0]
     reference = {"cross_entropy": Ratio(cross_entropy_sum, count), "student_accuracy": Ratio(right, count)}

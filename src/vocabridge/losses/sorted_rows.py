@@ -8,6 +8,8 @@ sum_k abs(P_(k) - Q_(k)): the optimal-transport cost between the two sets of val
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,9 +44,9 @@ class _SortedL1(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         ranks = min(student.shape[-1], teacher.shape[-1])
-        top, order = _ranked(student, ranks)
-        difference = top - _largest(teacher, ranks)
-        loss = difference.abs().sum(-1) + _rest(student, top) + _rest(teacher, top - difference)
+        top, order, theirs = _ranked(student, teacher, ranks)
+        difference = top - theirs
+        loss = difference.abs().sum(-1) + _rest(student, top) + _rest(teacher, theirs)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.ones_like(student).scatter_(-1, order, difference.sign_()))
         return loss
@@ -56,30 +58,39 @@ class _SortedL1(torch.autograd.Function):
         return signs * upstream.unsqueeze(-1), None
 
 
-def _ranked(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest entries of every row, descending, and where they are."""
-    if values.device.type != "cpu":
-        return values.topk(count, dim=-1) if count < values.shape[-1] else values.sort(dim=-1, descending=True)
-    # NumPy's sort takes a third of the time of torch's.
-    array = values.numpy()
-    if 0 < count < array.shape[-1]:
-        kept = np.argpartition(array, -count, axis=-1)[..., array.shape[-1] - count :]
-        ascending = np.take_along_axis(kept, np.argsort(np.take_along_axis(array, kept, axis=-1), axis=-1), axis=-1)
-    else:
-        ascending = np.argsort(array, axis=-1)[..., array.shape[-1] - count :]
-    order = torch.from_numpy(ascending).flip(-1)
-    return values.gather(-1, order), order
+def _ranked(student: Tensor, teacher: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``count`` largest entries of the student's rows, where they are, and the teacher's, all in the same order."""
+    if student.device.type != "cpu":
+        return *student.topk(count, dim=-1), teacher.topk(count, dim=-1).values
+    # NumPy's sorts take a third of the time of torch's, but a single core.
+    parts = [np.array_split(side.numpy(), torch.get_num_threads()) for side in (student, teacher)]
+    with ThreadPoolExecutor(len(parts[0])) as pool:
+        ranked = pool.map(partial(_ranked_rows, count=count), *parts)
+        top, order, theirs = (torch.from_numpy(np.concatenate(part)) for part in zip(*ranked, strict=True))
+    return top, order, theirs
 
 
-def _largest(values: Tensor, count: int) -> Tensor:
-    """The ``count`` largest entries of every row, descending."""
-    if values.device.type != "cpu":
-        return values.topk(count, dim=-1).values
-    # Without the indices that torch also sorts: 3 ms instead of 12 for 49k of 262k entries on one core.
-    array = values.numpy()
-    if 0 < count < array.shape[-1]:
-        array = np.partition(array, -count, axis=-1)
-    return torch.from_numpy(np.sort(array[..., array.shape[-1] - count :], axis=-1)).flip(-1)
+def _ranked_rows(student: np.ndarray, teacher: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """:func:`_ranked` in ascending order."""
+    if student.dtype != np.float32:
+        order = np.argsort(student, axis=-1)[..., student.shape[-1] - count :]
+        return np.take_along_axis(student, order, axis=-1), order, _ascending(teacher, count)
+    # The bits of floats that are not negative are in the floats' order. Sorted as one number with the place behind,
+    # they take a third less time than an argsort.
+    keys = student.view(np.uint32).astype(np.uint64) << np.uint64(32)
+    keys |= np.arange(student.shape[-1], dtype=np.uint64)
+    keys = _ascending(keys, count)
+    places = keys & np.uint64(2**32 - 1)
+    values = (keys >> np.uint64(32)).astype(np.uint32).view(np.float32)
+    return values, places.view(np.int64), _ascending(teacher, count)
+
+
+def _ascending(array: np.ndarray, count: int) -> np.ndarray:
+    """The ``count`` largest entries of every row."""
+    rest = array.shape[-1] - count
+    if count and rest:
+        array = np.partition(array, rest, axis=-1)
+    return np.sort(array[..., rest:], axis=-1)
 
 
 def _rest(values: Tensor, largest: Tensor) -> Tensor:

@@ -39,11 +39,12 @@ from typing import ClassVar, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from vocabridge.losses.chunk_merge import log_prefix, mass_jsd, prefix_positions
-from vocabridge.losses.chunk_rows import ChunkRows, Ranges, chunk_rows
+from vocabridge.losses.chunk_rows import ChunkRows, chunk_rows
 from vocabridge.losses.chunked_head import head_rows
-from vocabridge.losses.paired_rows import paired_rows_loss
+from vocabridge.losses.paired_rows import paired_rows_loss, reference_rows
 from vocabridge.losses.sorted_rows import sorted_l1, tempered
 from vocabridge.models.forward import SideForward
 from vocabridge.objectives._columns import shared_columns, take_columns
@@ -118,6 +119,10 @@ class Gold(Objective):
         student, teacher = pair.student, require_teacher(pair)
         chunks = chunk_rows(student.rows, batch["chunk_ids"], teacher.rows, batch["teacher_chunk_ids"])
         by_identity = self._by_identity(chunks, student.labels, teacher.labels)
+        inner = torch.ones_like(student.labels, dtype=torch.bool).index_fill(0, chunks.student.last, False)
+        positions, teacher_positions = inner.nonzero().squeeze(1), prefix_positions(chunks.teacher)
+        numbers = self._label_numbers(student, positions)
+        teacher_numbers = self._label_numbers(teacher, teacher_positions).detach()
         loss = paired_rows_loss(
             head_input(student),
             student.labels,
@@ -127,7 +132,12 @@ class Gold(Objective):
             row_losses=self._rows,
             weights=[self.matched_weight, 1 - self.matched_weight] if self.config.hybrid else [1.0],
             kd_weight=self.config.kd_weight,
-            rows=[self._log_prefix(student, chunks.student), self._log_prefix(teacher, chunks.teacher), by_identity],
+            rows=[
+                log_prefix(numbers[:, 0], positions, chunks.student),
+                log_prefix(teacher_numbers[:, 0], teacher_positions, chunks.teacher),
+                by_identity,
+            ],
+            unpaired=numbers[:, 1:],
         )
         count, num_chunks = student.labels.shape[0], chunks.num_chunks
         metrics = {
@@ -147,16 +157,17 @@ class Gold(Objective):
         partners = self.partners[student_labels[chunks.student.last]]
         return partners == teacher_labels[chunks.teacher.last]
 
-    def _log_prefix(self, side: SideForward, ranges: Ranges) -> Tensor:
-        """``[C]``; the head is applied to the positions of longer chunks only."""
-        positions = prefix_positions(ranges)
+    def _label_numbers(self, side: SideForward, positions: Tensor) -> Tensor:
+        """``[k, 3]`` at some positions: tempered log-probability of the label, cross-entropy, whether it is the top."""
 
-        def label_log_probs(logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> Tensor:
+        def row_function(logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> Tensor:
+            (reference,), (right,) = reference_rows(logits, rows)
             scores = tempered(logits[0], self.config.temperature)
-            return scores.gather(1, rows[0][:, None]).squeeze(1) - scores.logsumexp(-1)
+            own = reference if scores is logits[0] else cross_entropy(scores, rows[0], reduction="none")
+            return torch.stack([-own, reference, right], dim=1)
 
         inputs = [head_input(side, side.hidden_states[positions])]
-        return log_prefix(head_rows(label_log_probs, inputs, [side.labels[positions]]), positions, ranges)
+        return head_rows(row_function, inputs, [side.labels[positions]])
 
     def _rows(self, logits: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         student, teacher = (
