@@ -51,11 +51,15 @@ from vocabridge.losses.head_pass import (
 DEFAULT_CHUNK_BYTES = 2**28
 """On CPU a matrix product loses speed below about 100 rows, where reading ``[V, H]`` dominates.
 
-At V = 262144 this gives two inputs of one head 106 rows each of 317, which are multiplied together.
+At V = 262144 this gives two inputs of one head 128 rows each, which are multiplied together.
 """
 
 BLOCK_BYTES = {"cpu": 2**24}
-"""Logits that row losses get at once, by device: on CPU what they make of them then stays in the cache."""
+"""Logits that row losses get at once, by device.
+
+On CPU a few tensors of this size fit the cache, and the allocator reuses their pages; with smaller ones every operation
+waits for all threads too often when other programs run beside.
+"""
 
 ACCELERATOR_BLOCK_BYTES = 2**26
 """Elsewhere: large enough that launching an operation takes less than running it."""

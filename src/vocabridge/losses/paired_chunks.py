@@ -24,6 +24,9 @@ from vocabridge.losses.chunked_head import (
 )
 from vocabridge.losses.paired_rows import PairedLoss, head_at, reference_rows, with_unpaired
 
+_BLOCK_BYTES = 2 * DEFAULT_CHUNK_BYTES
+"""More than elsewhere, as what the losses make of the logits counts as well: the products would have too few rows."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChunkLogits:
@@ -54,7 +57,7 @@ def paired_chunks_loss(
     chunk_losses: ChunkLosses,
     weights: Sequence[float],
     kd_weight: float,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int = _BLOCK_BYTES,
 ) -> PairedLoss:
     """Apply each head once, in blocks of whole chunks: to all student positions, and to the teacher's that lie in one.
 
