@@ -25,6 +25,7 @@ LAYERS: list[set[str]] = [
     {"objectives"},
     {"recipe"},
     {"distillation_model"},
+    {"compilation"},
     {"saving", "interrupt", "model_card", "run_record", "training_arguments", "pair_cache", "assembly", "diagnostics"},
     {"batching"},
     {"trainer"},

@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from vocabridge.assembly import EndlessPairs, as_pairs, build_objective, refuse_own_folder, resolve_model
 from vocabridge.batching import LengthGroupingTrainer, check_batches
+from vocabridge.compilation import compile_trunks, take_over_compilation
 from vocabridge.diagnostics import DiagnosticsCallback
 from vocabridge.distillation_model import DistillationModel, tally_dtype
 from vocabridge.errors import UserError
@@ -25,7 +26,7 @@ from vocabridge.interrupt import InterruptCallback
 from vocabridge.models.cached_teacher import CachedTeacher, teacher_signal
 from vocabridge.models.forward import check_head
 from vocabridge.models.loading import vocabulary_size
-from vocabridge.models.teacher import TeacherSignal
+from vocabridge.models.teacher import LiveTeacher, TeacherSignal
 from vocabridge.objectives.base import Objective
 from vocabridge.pairs import (
     IGNORE_INDEX,
@@ -131,6 +132,7 @@ class DistillationTrainer(LengthGroupingTrainer):
             )
         except (ValueError, ImportError, RuntimeError) as error:  # a tracker, optimizer or engine that is not there
             raise error if isinstance(error, UserError) else UserError(f"training: {error}") from error
+        take_over_compilation(self.accelerator, built.layers, is_asked=args.torch_compile)
         if self.teacher is not None:
             self.teacher.to(args.device)
         if isinstance(self.teacher, CachedTeacher):
@@ -166,6 +168,9 @@ class DistillationTrainer(LengthGroupingTrainer):
     ) -> Any:
         """As ``transformers.Trainer.train``, after the start-up check of both heads on one batch."""
         self.check_models()
+        if self.args.torch_compile:  # not before the check, whose few small batches would each be compiled
+            teacher = self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
+            compile_trunks([self.student, teacher], str(self.args.torch_compile_backend), self.args.torch_compile_mode)
         self._tally = {}
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)

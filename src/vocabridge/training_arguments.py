@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from vocabridge.compilation import check_compilation
 from vocabridge.errors import UserError
 from vocabridge.prompts import Template
 
@@ -61,6 +62,8 @@ class DistillationConfig(TrainingArguments):
         if unused:
             raise UserError(f"training: {', '.join(unused)} cannot be used with distillation losses; leave it out.")
         self._check_batching()
+        if self.torch_compile:
+            check_compilation(str(self.torch_compile_backend), self.torch_compile_mode, self.device)
         for name in ("projector_learning_rate", "discriminator_learning_rate"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
