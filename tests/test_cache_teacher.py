@@ -489,7 +489,12 @@ def test_command_after_ctrl_c(
 
     monkeypatch.setattr(teacher_capture, "teacher_side", interrupt)
     arguments = ["cache-teacher", str(recipe_file), f"teacher.cache={tmp_path}/cache"]
-    assert command(monkeypatch, *arguments) == 130
+    # A shell without job control starts its background jobs with SIGINT ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert command(monkeypatch, *arguments) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err.endswith("interrupted; the same command goes on where it stopped\n")
     assert command(monkeypatch, *arguments) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path}/cache: 8 rows, ")
