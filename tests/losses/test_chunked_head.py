@@ -4,87 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from vocabridge.losses import chunked_head
-from vocabridge.losses.chunked_head import HeadInput, chunked_head_loss, head_logits, head_rows, token_log_probs
+from head_cases import CHUNKS, H_S, H_T, Case, N, NewTensors, chunk_bytes, leaf
+from vocabridge.losses.chunked_head import HeadInput, chunked_head_loss, head_logits, token_log_probs
 from vocabridge.losses.divergences import forward_kl
 from vocabridge.losses.head_pass import Gradients
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-N, H_S, H_T = 23, 5, 6
 MODES = ("one_pass", "checkpoint")
-CHUNKS = (1, 4, 7, N, N + 77)
-
-
-def chunk_bytes(inputs, num_rows, mode="one_pass"):
-    """The budget that allows ``num_rows`` rows a chunk."""
-    if mode == "checkpoint":
-        return num_rows * chunked_head.TENSORS_PER_INPUT * chunked_head._logits_bytes(inputs)
-    return num_rows * chunked_head._bytes_per_row(inputs)
-
-
-def leaf(*shape, seed, dtype=torch.float64, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_()
-
-
-class Case:
-    """Two vocabularies, a bias, a soft cap and a scale: everything at once."""
-
-    def __init__(self, v_s=13, v_t=17, *, num_rows=N, dtype=torch.float64, train_head=True):
-        self.hidden = leaf(num_rows, H_S, seed=1, dtype=dtype)
-        self.weight = leaf(v_s, H_S, seed=2, dtype=dtype)
-        self.bias = leaf(v_s, seed=3, dtype=dtype)
-        self.teacher_hidden = leaf(num_rows, H_T, seed=4, dtype=dtype).detach()
-        self.teacher_weight = leaf(v_t, H_T, seed=5, dtype=dtype).detach()
-        self.labels = torch.arange(num_rows) % v_s
-        self.row_weights = (
-            leaf(num_rows, seed=6).detach().to(torch.float64 if dtype == torch.float64 else torch.float32)
-        )
-        self.inputs = [
-            HeadInput(self.hidden, self.weight, self.bias, soft_cap=4.0, logit_scale=0.7, train_head=train_head),
-            HeadInput(self.teacher_hidden, self.teacher_weight),
-        ]
-        self.rows = [self.labels, self.row_weights]
-        self.leaves = [self.hidden, self.weight, self.bias]
-
-    @staticmethod
-    def row_losses(logits, rows):
-        student, teacher = logits
-        labels, row_weights = rows
-        cross_entropy = F.cross_entropy(student, labels, reduction="none") * row_weights
-        sorted_student = torch.softmax(student, -1).sort(-1, descending=True).values
-        sorted_teacher = torch.softmax(teacher, -1).sort(-1, descending=True).values
-        width = min(student.shape[1], teacher.shape[1])
-        sorted_distance = (sorted_student[:, :width] - sorted_teacher[:, :width]).abs().sum(-1)
-        return [cross_entropy, sorted_distance], [
-            (student.argmax(-1) == labels).float(),
-            student.detach().logsumexp(-1),
-        ]
-
-    def naive(self):
-        """Sums of both losses and both metrics from whole logits, written out by hand."""
-        student = 4.0 * torch.tanh(0.7 * (self.hidden @ self.weight.T + self.bias) / 4.0)
-        teacher = self.teacher_hidden @ self.teacher_weight.T
-        log_probs = student - student.exp().sum(1, keepdim=True).log()
-        picked = torch.stack([log_probs[i, label] for i, label in enumerate(self.labels)])
-        first = -(picked * self.row_weights).sum()
-        second = 0
-        for s, t in zip(student, teacher, strict=True):
-            s, t = (x.exp() / x.exp().sum() for x in (s, t))
-            ordered = zip(s.sort(descending=True).values, t.sort(descending=True).values, strict=False)
-            second = second + sum((a - b).abs() for a, b in ordered)
-        right = sum(row.argmax() == label for row, label in zip(student, self.labels, strict=True))
-        metrics = torch.stack([right.double(), student.exp().sum(1).log().sum().detach()])
-        return torch.stack([first, second]), metrics
-
-
-@pytest.fixture(params=[1, 3, 1000])
-def rows_per_block(request, monkeypatch):
-    """How many rows of the two logits of :class:`Case` are given to row functions at once."""
-    monkeypatch.setattr(chunked_head, "BLOCK_BYTES", {"cpu": request.param * 8 * (13 + 17)})
-    return request.param
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -153,24 +80,6 @@ def test_zero_rows_are_exactly_zero_with_a_gradient_path(mode):
     assert case.weight.grad.shape == case.weight.shape
     assert case.weight.grad.count_nonzero() == 0
     assert case.hidden.grad.shape == (0, H_S)
-
-
-class NewTensors(TorchDispatchMode):
-    """Records size and shape of every tensor that an operation returns, views and in-place results aside."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = []
-        self.shapes = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        old = {item.untyped_storage().data_ptr() for item in args if isinstance(item, torch.Tensor)}
-        for item in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(item, torch.Tensor) and item.untyped_storage().data_ptr() not in old:
-                self.sizes.append(item.numel())
-                self.shapes.add(tuple(item.shape))
-        return result
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -464,53 +373,6 @@ def test_rows_get_their_gradient(mode):
         torch.testing.assert_close(gradient, reference)
 
 
-@pytest.mark.parametrize("rows_per_chunk", CHUNKS)
-@pytest.mark.usefixtures("rows_per_block")
-def test_head_rows(rows_per_chunk):
-    """Per-row numbers joined over rows afterwards, which a sum of row losses cannot express."""
-    case = Case()
-    case.row_weights.requires_grad_()
-    budget = chunk_bytes(case.inputs, rows_per_chunk)
-
-    def numbers(logits, rows):
-        picked = logits[0].log_softmax(-1).gather(-1, rows[0][:, None]).squeeze(-1)
-        return torch.stack([picked * rows[1], logits[1].logsumexp(-1)], dim=-1)
-
-    result = head_rows(numbers, case.inputs, case.rows, chunk_bytes=budget)
-    sums, _ = case.naive()
-    torch.testing.assert_close(result[:, 0].sum(), -sums[0])
-    whole = numbers(
-        [head_logits(i.hidden, i.weight, i.bias, soft_cap=i.soft_cap, logit_scale=i.logit_scale) for i in case.inputs],
-        case.rows,
-    )
-    leaves = [*case.leaves, case.row_weights]
-    expected = torch.autograd.grad(whole[:, 0].cumsum(0).square().sum(), leaves)
-    for got, want in zip(torch.autograd.grad(result[:, 0].cumsum(0).square().sum(), leaves), expected, strict=True):
-        torch.testing.assert_close(got, want)
-    with torch.no_grad(), NewTensors() as probe:
-        assert not head_rows(numbers, case.inputs, case.rows, chunk_bytes=budget).requires_grad
-    assert max(probe.sizes) <= max(17 * min(rows_per_chunk, N), 17 * H_T, N * H_T)
-
-
-def test_head_rows_of_a_bfloat16_head_sums_its_gradient_in_float32():
-    """Many chunks, each far smaller than the sum: added in bfloat16 they would be lost."""
-    hidden, weight = leaf(512, H_S, seed=1, dtype=torch.bfloat16), leaf(13, H_S, seed=2, dtype=torch.bfloat16)
-    head = HeadInput(hidden, weight)
-    sums = head_rows(lambda logits, _: logits[0].logsumexp(-1), [head], chunk_bytes=chunk_bytes([head], 1))
-    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
-    expected = torch.autograd.grad(F.linear(*exact).logsumexp(-1).sum(), exact)
-    for found, reference in zip(torch.autograd.grad(sums.sum(), [hidden, weight]), expected, strict=True):
-        assert found.dtype == torch.bfloat16
-        assert float((found.double() - reference).norm() / reference.norm()) < 0.01
-
-
-def test_head_rows_refuses_trained_tensors_that_it_would_leave_out():
-    case, scale = Case(), torch.ones(13, dtype=torch.float64, requires_grad=True)
-    result = head_rows(lambda logits, _: (logits[0] * scale).sum(-1), case.inputs[:1])
-    with pytest.raises(RuntimeError, match=r"\(13,\)"):
-        result.sum().backward()
-
-
 def test_a_loss_that_is_not_per_row_is_refused():
     case = Case()
     with pytest.raises(AssertionError, match=r"\[n\]"):
@@ -522,7 +384,9 @@ def test_a_gradient_tensor_shared_between_inputs_is_not_overwritten(mode):
     """Autograd hands one and the same expanded tensor to both sides of a sum; cap and scale must not write into it."""
     hidden, other, weight = leaf(N, H_S, seed=1), leaf(N, H_S, seed=7), leaf(13, H_S, seed=2)
     inputs = [HeadInput(hidden, weight, soft_cap=2.0), HeadInput(other, weight, logit_scale=0.5)]
-    out = chunked_head_loss(lambda logits, rows: ([(logits[0] + logits[1]).sum(-1)], []), inputs, [], weights=[1.0])
+    out = chunked_head_loss(
+        lambda logits, rows: ([(logits[0] + logits[1]).sum(-1)], []), inputs, [], weights=[1.0], mode=mode
+    )
     gradients = torch.autograd.grad(out.total, [hidden, other, weight])
     reference = (2.0 * torch.tanh(hidden @ weight.T / 2.0) + 0.5 * (other @ weight.T)).sum()
     for gradient, expected in zip(gradients, torch.autograd.grad(reference, [hidden, other, weight]), strict=True):
@@ -534,27 +398,6 @@ def test_head_logits_scales_then_caps():
     logits = head_logits(hidden, weight, torch.tensor([1.0, 0.0]), soft_cap=5.0, logit_scale=0.5)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, 5.0 * torch.tanh(torch.tensor([[1.5, -8.0]]) / 5.0))
-
-
-@pytest.mark.parametrize("rows_per_chunk", CHUNKS)
-def test_token_log_probs(rows_per_chunk):
-    case = Case()
-    student = 4.0 * torch.tanh(0.7 * (case.hidden @ case.weight.T + case.bias) / 4.0).detach()
-    expected = torch.stack(
-        [(row.exp() / row.exp().sum())[y].log() for row, y in zip(student, case.labels, strict=True)]
-    )
-    head = case.inputs[0]
-    probe = NewTensors()
-    with probe:
-        log_probs = token_log_probs(head, case.labels, chunk_bytes=chunk_bytes([head], rows_per_chunk))
-    torch.testing.assert_close(log_probs, expected)
-    assert not log_probs.requires_grad
-    assert max(probe.sizes) <= max(13 * min(rows_per_chunk, N), N * H_S)
-
-
-def test_token_log_probs_of_nothing():
-    case = Case(num_rows=0)
-    assert token_log_probs(case.inputs[0], case.labels).shape == (0,)
 
 
 def test_cross_entropy_of_the_published_code():
