@@ -236,11 +236,8 @@ def _bars(tables: dict[str, list[Row]]) -> list[Bar]:
         Bar("heads: time padded to 512 / unpadded", padding[-1]["heads / unpadded"], 1.05),
     ]
     if all(row["extra MB"] is not None for row in vocabulary):
-        # Until the backward pass ends, the finished head gradient exists beside the one that it becomes.
-        gradients = [row["vocabulary"] * Sizes().hidden * 4 / 1e6 for row in vocabulary]
-        beyond = max(row["extra MB"] - gradient for row, gradient in zip(vocabulary, gradients, strict=True))
-        name = "heads: extra memory beyond a head gradient / chunk_bytes, largest over 8k to 262k tokens"
-        bars.append(Bar(name, beyond * 1e6 / DEFAULT_CHUNK_BYTES, 1.2))
+        name = "heads: extra memory / chunk_bytes, largest over 8k to 262k tokens"
+        bars.append(Bar(name, max(row["extra MB"] for row in vocabulary) * 1e6 / DEFAULT_CHUNK_BYTES, 1.2))
     return bars
 
 
