@@ -17,6 +17,7 @@ from vocabridge.alignment import token_bytes
 from vocabridge.alignment.report import pair_report, render_report
 from vocabridge.errors import UserError
 from vocabridge.pairs import PairTokenizer
+from vocabridge.report.collect import PairFile
 from vocabridge.text import read_examples
 
 RESPONSES = [
@@ -124,6 +125,15 @@ def test_json_round_trip(report):
     assert values["rows"]["kept"] == 4
     assert values["student"]["roles"]["bos"]["id"] == report.student.roles["bos"].id
     assert type(report).model_validate(values) == report
+
+
+def test_the_page_reads_what_is_written(report):
+    """It has models of its own for this file, so that it imports no torch."""
+    written = json.loads(report.to_json())
+    read = json.loads(PairFile.model_validate_json(report.to_json()).model_dump_json())
+    sides = {side: {name: written[side][name] for name in read[side]} for side in ("student", "teacher")}
+    assert read == {name: written[name] for name in read} | sides
+    assert read["chunks"] > 0
 
 
 def test_rendering(pair_tokenizer, report):

@@ -20,6 +20,8 @@ from vocabridge.analysis.finished_run import load_finished_run
 from vocabridge.analysis.probe import ProbeReport
 from vocabridge.errors import UserError
 from vocabridge.pairs import tokenize_examples
+from vocabridge.report.analysis_files import read_analysis
+from vocabridge.report.reading import Reader
 from vocabridge.text import read_examples
 
 FinishedFolder = Callable[[str], Path]
@@ -71,6 +73,32 @@ def test_default_folder_and_stale_pictures(finished_run: FinishedFolder, tmp_pat
     again = analyze_run(folder, data, limit=1)
     assert len(list((again.folder / "heatmaps").iterdir())) == 2
     assert again.probe.examples == 1
+
+
+def test_the_report_reads_what_is_written(finished_run: FinishedFolder, tmp_path: Path) -> None:
+    """It has models of its own for these files, so that it imports no torch."""
+    written = analyze_run(
+        finished_run("dskd_cma"), str(finished_run("dskd_cma").parent / "data.jsonl"), output_dir=tmp_path
+    )
+    found = read_analysis(tmp_path, reader := Reader())
+    assert not reader.notes
+    assert found.probe is not None
+    assert [result.model_dump() for result in found.probe.results] == [
+        result.model_dump() for result in written.probe.results
+    ]
+    assert [change.model_dump() for change in found.probe.changes] == [
+        change.model_dump() for change in written.probe.changes
+    ]
+    heatmaps = json.loads((tmp_path / "heatmaps.json").read_text(encoding="utf-8"))["examples"]
+    assert len(found.heatmaps) == len(heatmaps) > 0
+    for example, raw in zip(found.heatmaps, heatmaps, strict=True):
+        read = json.loads(example.model_dump_json())
+        assert read["attentions"]["after"]
+        assert read == {name: raw[name] for name in read}
+    points = json.loads((tmp_path / "points.json").read_text(encoding="utf-8"))
+    assert found.points is not None
+    read = json.loads(found.points.model_dump_json())
+    assert read == {name: points[name] for name in read if name != "stages"} | {"stages": points["stages"]}
 
 
 def test_training_data_may_be_gone(finished_run: FinishedFolder, tmp_path: Path) -> None:
