@@ -28,7 +28,7 @@ demo: venv ## The same idea with tiny models built on the spot (about a minute)
 
 MINI := build/study_mini
 
-study-mini: venv ## Ten methods, ten seeds, tiny models: tables, statistics and a report (about 16 minutes on 2 cores)
+study-mini: venv ## Ten methods, ten seeds, tiny models: tables, statistics and a report (about 11 minutes on 2 cores)
 	$(BIN)/python studies/mini/prepare.py
 	$(BIN)/vocabridge study studies/mini/study.yaml --jobs 2
 	$(BIN)/vocabridge inspect-pair $(MINI)/student $(MINI)/teacher --data $(MINI)/data/train.jsonl \
