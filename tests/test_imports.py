@@ -15,7 +15,7 @@ import vocabridge.recipe
 PACKAGE = Path(vocabridge.recipe.__file__).parents[1]
 
 LAYERS: list[set[str]] = [
-    {"errors", "suggest", "settings"},
+    {"errors", "suggest", "settings", "durable", "preemption"},
     {"objectives.config", "matching.config"},  # plain settings, read without torch by the objective registry
     {"text"},
     {"alignment", "prompts", "pairs"},
@@ -25,13 +25,17 @@ LAYERS: list[set[str]] = [
     {"objectives"},
     {"recipe"},
     {"distillation_model"},
-    {"compilation"},
+    {"compilation", "sharding"},
+    {"checkpoint_files"},
     {"saving", "interrupt", "model_card", "run_record", "training_arguments", "pair_cache", "assembly", "diagnostics"},
-    {"batching"},
+    {"batching", "sharded_state"},
+    {"resuming"},
+    {"checkpointing"},
     {"trainer"},
     {"evaluation"},
     {"analysis"},
     {"run", "generate_data", "cache_teacher"},
+    {"plan"},
     {"study"},
     {"report"},
     {"cli", "__main__"},

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vocabridge.durable import write_in_one_piece
 from vocabridge.errors import UserError
 from vocabridge.evaluation.engine import Generation, GenerationEngine, GenerationSettings, engine_settings
 from vocabridge.evaluation.responses import Responder, generation_progress
-from vocabridge.evaluation.run_folder import Manifest, Record, RunFolder, write_in_one_piece
+from vocabridge.evaluation.run_folder import Manifest, Record, RunFolder
 from vocabridge.evaluation.vllm_engine import VllmModel, check_vllm
 from vocabridge.fingerprints import data_fingerprint, model_fingerprint, tokenizer_fingerprint
 from vocabridge.models.loading import check_tokenizer_matches, load_model, load_tokenizer

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from vocabridge.durable import write_in_one_piece
+
 _PACKAGES = (
     "vocabridge",
     "torch",
@@ -46,10 +48,7 @@ def environment() -> dict[str, Any]:
 
 def write_run_record(run_dir: Path, **facts: Any) -> None:
     """Write :func:`environment` and ``facts`` to ``run.json``, by rename."""
-    path = run_dir / "run.json"
-    partial = path.with_suffix(".json.tmp")
-    partial.write_text(json.dumps({**facts, **environment()}, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_in_one_piece(run_dir / "run.json", json.dumps({**facts, **environment()}, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,8 @@ FOLDER_VARIABLE = "VOCABRIDGE_CACHE"
 """Environment variable that names another folder than the platform's usual one."""
 
 Arrays = dict[str, np.ndarray]
+
+_CHECKSUM = "checksum"
 
 
 def cache_folder() -> Path:
@@ -42,8 +43,8 @@ def fingerprint(prepared: PreparedTokenizer) -> str:
 def cached(name: str, build: Callable[[], Arrays]) -> Arrays:
     """The arrays kept under ``name``, or those that ``build`` makes, which are then kept.
 
-    A file that cannot be read back is made anew (the format carries checksums); a folder that cannot be written to
-    costs a warning, not the run.
+    A file that is not what was written, by a checksum over names and contents, is made anew; a folder that cannot be
+    written to costs a warning, not the run.
     """
     path = cache_folder() / f"{name}.npz"
     arrays = _read(path)
@@ -56,12 +57,25 @@ def cached(name: str, build: Callable[[], Arrays]) -> Arrays:
 def _read(path: Path) -> Arrays | None:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
+            arrays = dict(archive)
+        if arrays.pop(_CHECKSUM).tobytes() == _checksum(arrays):
+            return arrays
+        reason = "it has another checksum"
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        logger.warning("%s is damaged (%s) and is computed again.", path, error)
-        return None
+    except Exception as error:  # whatever the reader makes of a changed byte: the zip format has many fields
+        reason = str(error)
+    logger.warning("%s is damaged (%s) and is computed again.", path, reason)
+    return None
+
+
+def _checksum(arrays: Arrays) -> bytes:
+    """Of names too: the zip format's own checksums leave them out, and an array under another name is another array."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(arrays.items()):
+        digest.update(repr((name, array.dtype.str, array.shape)).encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.digest()
 
 
 def _write(path: Path, arrays: Arrays) -> None:
@@ -70,7 +84,8 @@ def _write(path: Path, arrays: Arrays) -> None:
         descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
         try:
             with os.fdopen(descriptor, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
+                checksum = np.frombuffer(_checksum(arrays), dtype=np.uint8)
+                np.savez(file, allow_pickle=False, **arrays, **{_CHECKSUM: checksum})
             os.replace(scratch, path)
         except BaseException:
             os.unlink(scratch)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..durable import write_in_one_piece
 from ..errors import UserError
 
 _MANIFEST = "manifest.json"
@@ -77,18 +78,20 @@ class RunFolder:
             raise UserError(f"{path} is a file; the evaluation needs a folder to write to.")
         if overwrite:
             self._clear()
-        elif path.exists() and any(path.iterdir()):
+        elif path.exists() and any(file.name != f"{_MANIFEST}.tmp" for file in path.iterdir()):
             manifest = self._merged(manifest)
-        for folder in (path, path / _PREDICTIONS, path / _BITS):
-            folder.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"model": manifest.model, "settings": dict(manifest.settings), "data": dict(manifest.data)})
         write_in_one_piece(path / _MANIFEST, text + "\n")
+        for name in (_PREDICTIONS, _BITS):
+            (path / name).mkdir(exist_ok=True)
 
     def _clear(self) -> None:
-        for name in (_MANIFEST, _RESULTS):
-            (self.path / name).unlink(missing_ok=True)
+        """The manifest goes last and comes first, so that whatever a kill leaves is still known by it."""
+        (self.path / _RESULTS).unlink(missing_ok=True)
         for name in (_PREDICTIONS, _BITS):
             shutil.rmtree(self.path / name, ignore_errors=True)
+        (self.path / _MANIFEST).unlink(missing_ok=True)
 
     def _merged(self, manifest: Manifest) -> Manifest:
         path = self.path / _MANIFEST
@@ -172,13 +175,3 @@ def _parsed(line: bytes) -> Record | None:
     except ValueError:
         return None
     return record if line.endswith(b"\n") and isinstance(record, dict) and "index" in record else None
-
-
-def write_in_one_piece(path: Path, text: str) -> None:
-    """Write beside the target, then rename: a kill or a full disk leaves the old file whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

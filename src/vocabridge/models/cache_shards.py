@@ -10,7 +10,6 @@ Axes: n rows of a shard, T supervised positions of all of them, R of one, H hidd
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,15 +23,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vocabridge.durable import sync_file, write_in_one_piece
 from vocabridge.errors import UserError
-from vocabridge.models.teacher_rows import TeacherRow, join_key, prompt_digest
+from vocabridge.models.teacher_rows import PROMPT_BYTES, TeacherRow, join_key, prompt_digest
 
 SHARD_BYTES = 2**28
 """A shard is written when its states have grown to this; what a kill can cost."""
 
 _PREFIX = "states-"
 _PARTIAL = ".partial"
-_INDEX = ("response_ids", "spans", "prompts", "lengths", "checksums")
+_INDEX: dict[str, type[np.generic]] = {
+    "response_ids": np.int32,
+    "spans": np.int32,
+    "prompts": np.uint8,
+    "lengths": np.int64,
+    "checksums": np.int64,
+}
+"""Tensors that are not states, and their types."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,18 +110,11 @@ def open_shards(folder: Path) -> list[Shard]:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed writer left; nobody may be writing."""
-    for path in folder.glob(f"*{_PARTIAL}"):
+    for path in (*folder.glob(f"*{_PARTIAL}"), *folder.glob("*.json.tmp")):
         path.unlink()
     for path in folder.glob(f"{_PREFIX}*.safetensors"):
         if not _facts_path(path).exists():
             path.unlink()
-
-
-def write_json(path: Path, values: Mapping[str, object]) -> None:
-    """Write a small file that appears whole or not at all."""
-    partial = path.with_name(path.name + _PARTIAL)
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 class ShardWriter:
@@ -184,9 +184,9 @@ def _write_shard(folder: Path, rows: Sequence[CapturedRow]) -> None:
         tensors = {name: torch.from_numpy(array) for name, array in index.items()}
         save_file(tensors | {"hidden_states": torch.cat([each.states for each in rows])}, partial)
         facts = ShardFacts(len(rows), len(index["spans"]), partial.stat().st_size, _index_checksum(index))
-        _sync(partial)
+        sync_file(partial)
         partial.replace(path)
-        write_json(_facts_path(path), asdict(facts))
+        write_in_one_piece(_facts_path(path), json.dumps(asdict(facts), indent=2) + "\n")
     finally:
         partial.unlink(missing_ok=True)
 
@@ -199,22 +199,51 @@ def _open(path: Path) -> Shard:
         raise damaged(path, f"it has {size} bytes and not {facts.num_bytes}")
     try:
         with safe_open(path, framework="pt") as stored:
+            # The library has compared the header with the file by now; here its shapes are compared with the facts.
+            shapes = {name: list(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+            if misfit := _misfit(shapes, facts):
+                raise damaged(path, misfit)
             index = {name: stored.get_tensor(name).numpy() for name in _INDEX}
             states = stored.get_tensor("hidden_states")
     except (SafetensorError, OSError) as error:
         raise damaged(path, f"it cannot be read: {error}") from error
     if _index_checksum(index) != facts.index_checksum:
         raise damaged(path, "its index has another checksum")
-    starts = np.concatenate([[0], np.cumsum(index["lengths"])])
+    if any(index[name].dtype != dtype for name, dtype in _INDEX.items()):
+        raise damaged(path, "its index is of another type")
+    lengths = index["lengths"]
+    # One by one first, because a sum can overflow into the right number.
+    if (lengths < 0).any() or (lengths > facts.tokens).any() or lengths.sum() != facts.tokens:
+        raise damaged(path, "the lengths of its rows do not add up")
+    starts = np.concatenate([[0], np.cumsum(lengths)])
     responses = np.split(index["response_ids"], starts[1:-1])
     keys = [join_key(prompt.tobytes(), ids) for prompt, ids in zip(index["prompts"], responses, strict=True)]
     return Shard(path, facts, keys, starts, index["checksums"], states)
 
 
+def _misfit(shapes: Mapping[str, list[int]], facts: ShardFacts) -> str | None:
+    """What does not fit the facts; the width of the states is the cache's to know."""
+    rows, tokens = facts.rows, facts.tokens
+    width = shapes.get("hidden_states", [0])[-1]
+    expected = {
+        "response_ids": [tokens],
+        "spans": [tokens, 2],
+        "prompts": [rows, PROMPT_BYTES],
+        "lengths": [rows],
+        "checksums": [rows],
+        "hidden_states": [tokens, width],
+    }
+    wrong = [name for name in expected if shapes.get(name) != expected[name]]
+    return f"its {wrong[0]} are missing or of another size" if wrong else None
+
+
 def _read_facts(path: Path) -> ShardFacts:
     try:
-        return ShardFacts(**json.loads(_facts_path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        facts = ShardFacts(**json.loads(_facts_path(path).read_text(encoding="utf-8")))
+        if any(type(value) is not int or value < 0 for value in asdict(facts).values()):
+            raise ValueError
+        return facts
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise damaged(path, f"{_facts_path(path).name} cannot be read") from error
 
 
@@ -232,9 +261,3 @@ def _index_checksum(index: Mapping[str, np.ndarray]) -> int:
 def _checksum(states: Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
     return zlib.crc32(states.contiguous().view(torch.uint8).numpy().data)
-
-
-def _sync(path: Path) -> None:
-    """Its name must not reach the disk before its content does."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())

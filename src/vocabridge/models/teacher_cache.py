@@ -16,8 +16,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vocabridge.durable import write_in_one_piece
 from vocabridge.errors import UserError
-from vocabridge.models.cache_shards import Shard, open_shards, write_json
+from vocabridge.models.cache_shards import Shard, damaged, open_shards
 from vocabridge.models.teacher_rows import TeacherRow, num_supervised
 
 CACHE_FILE = "cache.json"
@@ -134,12 +135,13 @@ def create_cache(folder: Path, key: CacheKey) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if others := sorted(path.name for path in folder.iterdir() if path.name != LOCK_FILE):
+        own = (LOCK_FILE, f"{CACHE_FILE}.tmp")  # all that a command killed at its start leaves
+        if others := sorted(path.name for path in folder.iterdir() if path.name not in own):
             raise UserError(
                 f"teacher.cache: folder {folder} is no teacher cache but holds other things ({others[0]}); name an "
                 "empty or new folder."
             )
-        write_json(folder / CACHE_FILE, asdict(key))
+        write_in_one_piece(folder / CACHE_FILE, json.dumps(asdict(key), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"teacher.cache: folder {folder} cannot be written ({error}); name another.") from error
 
@@ -155,7 +157,7 @@ def open_cache(folder: Path, key: CacheKey) -> TeacherCache | None:
         return None
     try:
         found = CacheKey(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"teacher cache: {path} is damaged ({error}); delete the folder {folder}.") from error
     if changed := [field.name for field in fields(key) if getattr(found, field.name) != getattr(key, field.name)]:
         listing = "; ".join(_difference(name, getattr(found, name), getattr(key, name)) for name in changed)
@@ -163,7 +165,12 @@ def open_cache(folder: Path, key: CacheKey) -> TeacherCache | None:
             f"the teacher cache {folder} is stale: it was written with other {listing}; name another folder in "
             "teacher.cache or delete this one."
         )
-    return TeacherCache(folder, found, open_shards(folder))
+    shards = open_shards(folder)
+    for shard in shards:
+        states = shard.states
+        if states.shape[1] != key.hidden_size or str(states.dtype).removeprefix("torch.") != key.storage_dtype:
+            raise damaged(shard.path, f"its states are {list(states.shape)} {states.dtype}")
+    return TeacherCache(folder, found, shards)
 
 
 def _difference(name: str, before: object, now: object) -> str:

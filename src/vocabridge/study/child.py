@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import Timeout
 
 from ..errors import UserError
+from ..preemption import sigterm_raises
 from ..recipe import Recipe, load_recipe
 from .status import RECIPE_FILE, RunStatus, read_status, recipe_fingerprint, run_lock, write_status
 
@@ -56,8 +57,9 @@ def run_child(folder: Path, train: Train) -> int:
             seconds=before.seconds,
             sessions=before.sessions + 1,
         )
-        write_status(folder, running)
-        end = _outcome(recipe, train)
+        with sigterm_raises():
+            write_status(folder, running)
+            end = _outcome(recipe, train)
         seconds = round(before.seconds + time.monotonic() - started, 3)
         write_status(folder, running.model_copy(update={**end, "seconds": seconds}))
     return {"done": 0, "interrupted": INTERRUPTED}.get(str(end["state"]), 1)

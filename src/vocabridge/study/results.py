@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..durable import write_in_one_piece
 from ..errors import UserError
-from ..evaluation.run_folder import write_in_one_piece
 from ..evaluation.statistics import mean_std
 from .plan import PlannedRun, StudyPlan
 from .scores import METRICS, Metric, PairedExamples, Scope, Score, run_scores

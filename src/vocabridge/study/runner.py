@@ -1,7 +1,7 @@
 """Trains the runs of a study, each in a process of its own, in order or several at once.
 
 A run that fails does not stop the others. Ctrl-C (or SIGTERM) asks every process for a checkpoint and waits for it, a
-second one stops them at once, a third one kills them. Started again, the study goes on: done runs are skipped, all
+second Ctrl-C stops them at once, a third one kills them. Started again, the study goes on: done runs are skipped, all
 others continue from their last checkpoint, and a process that outlived a killed study is waited for.
 """
 
@@ -21,8 +21,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..durable import write_in_one_piece
 from ..errors import UserError
-from ..evaluation.run_folder import write_in_one_piece
+from .child import INTERRUPTED
 from .plan import PlannedRun, StudyPlan
 from .status import LOG_FILE, RECIPE_FILE, RunStatus, current_status, is_locked, read_status, write_status
 
@@ -39,6 +40,8 @@ class StudyOutcome:
 
     statuses: Mapping[PlannedRun, RunStatus]
     interrupted: bool
+    preempted: bool = False
+    """It was interrupted by SIGTERM."""
 
     @property
     def failed(self) -> list[PlannedRun]:
@@ -81,7 +84,7 @@ def run_study(
         with _signals(runner.stop):
             runner.work()
     statuses = {run: current_status(run) for run in plan.runs}
-    return StudyOutcome(statuses, interrupted=runner.num_stops > 0)
+    return StudyOutcome(statuses, interrupted=runner.num_stops > 0, preempted=runner.preempted)
 
 
 @dataclass(slots=True)
@@ -112,6 +115,7 @@ class _Runner:
         self.tell = tell
         self.processes: list[_Process] = []
         self.num_stops = 0
+        self.preempted = False
         self.num_ended = self.num_runs - len(self.waiting)
 
     def work(self) -> None:
@@ -130,7 +134,13 @@ class _Runner:
                     self._stop(process)
 
     def stop(self, number: int, frame: Any) -> None:
-        """Signal handler; the loop passes it on, so that no process that starts at this moment is missed."""
+        """Signal handler; the loop passes it on, so that no process that starts at this moment is missed.
+
+        A second SIGTERM is ignored: a scheduler and what it started may both send one.
+        """
+        if number == signal.SIGTERM and self.num_stops:
+            return
+        self.preempted = self.preempted or number == signal.SIGTERM
         self.num_stops += 1
 
     def _stop(self, process: _Process) -> None:
@@ -139,9 +149,12 @@ class _Runner:
             self.processes.remove(process)
             return
         process.num_stops += 1
-        process.popen.send_signal(signal.SIGINT if process.num_stops < 3 else signal.SIGKILL)
+        # The scheduler's SIGTERM may reach the process too; only one of another kind would stop it at once.
+        first = signal.SIGTERM if self.preempted else signal.SIGINT
+        process.popen.send_signal({1: first, 2: signal.SIGINT}.get(process.num_stops, signal.SIGKILL))
         if process.num_stops == 1:
-            self.tell(f"{process.run.title}: stopping; a checkpoint is saved first (Ctrl-C again stops at once)")
+            again = "" if self.preempted else " (Ctrl-C again stops at once)"
+            self.tell(f"{process.run.title}: stopping; a checkpoint is saved first{again}")
 
     def _start(self, run: PlannedRun) -> _Process:
         if is_locked(run.folder):
@@ -169,7 +182,7 @@ class _Runner:
     def _ended(self, process: _Process, code: int) -> None:
         run = process.run
         status = read_status(run.folder)
-        told_why = code == 1 and status.state == "failed"
+        told_why = (code == 1 and status.state == "failed") or (code == INTERRUPTED and status.state == "interrupted")
         if code != 0 and not told_why and not self.num_stops:
             reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             message = f"its process ended with {reason}; see {run.folder / LOG_FILE}"

@@ -22,7 +22,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from ..evaluation.run_folder import write_in_one_piece
+from ..durable import write_in_one_piece
 from ..recipe import Recipe
 from ..settings import Settings
 from .plan import PlannedRun
