@@ -34,14 +34,18 @@ STATES = [
 
 
 def write(folder: Path, rows: list[int], *, shard_bytes: int = 1, dtype: torch.dtype = torch.float32) -> None:
-    create_cache(folder, KEY)
+    create_cache(folder, with_dtype(dtype))
     with ShardWriter(folder, dtype, shard_bytes=shard_bytes) as writer:
         for index in rows:
             writer.add(ROWS[index], STATES[index])
 
 
-def opened(folder: Path) -> TeacherCache:
-    cache = open_cache(folder, KEY)
+def with_dtype(dtype: torch.dtype) -> CacheKey:
+    return dataclasses.replace(KEY, storage_dtype=str(dtype).removeprefix("torch."))
+
+
+def opened(folder: Path, dtype: torch.dtype = torch.float32) -> TeacherCache:
+    cache = open_cache(folder, with_dtype(dtype))
     assert cache is not None
     return cache
 
@@ -90,7 +94,7 @@ def test_files_hold_the_response_and_its_byte_spans(folder: Path) -> None:
 
 def test_states_are_kept_in_the_type_asked_for(tmp_path: Path) -> None:
     write(tmp_path / "cache", [0], dtype=torch.bfloat16)
-    stored = opened(tmp_path / "cache").read(ROWS[0].key)
+    stored = opened(tmp_path / "cache", torch.bfloat16).read(ROWS[0].key)
     assert stored.dtype == torch.bfloat16
     assert torch.equal(stored, STATES[0].bfloat16())
     with ShardWriter(tmp_path, torch.float16) as writer, pytest.raises(UserError, match="not finite in float16"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from vocabridge.errors import UserError
 from vocabridge.suggest import did_you_mean
@@ -51,22 +52,42 @@ def check_weight_files(checkpoint: Checkpoint) -> None:
     """Refuse a local folder that cannot be loaded, or only by unpickling.
 
     Raises:
-        UserError: no config.json, no weights, or weights in pickle files only.
+        UserError: no config.json, no weights, weights in pickle files only, or an index that leads to such a file or
+            out of the folder.
     """
     if not checkpoint.is_local or checkpoint.gguf_file is not None:
         return
     folder = Path(checkpoint.name)
     if not (folder / "config.json").is_file():
         raise UserError(f"folder '{folder}' has no config.json, so it is not a checkpoint{_gguf_hint(folder)}.")
+    if (index := folder / "model.safetensors.index.json").is_file() and not (folder / "model.safetensors").is_file():
+        _check_index(index)
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
-        raise UserError(
-            f"folder '{folder}' holds its weights as a pickle ({pickles[0]}), which can run any code when it is read; "
-            "save the model again as safetensors (model.save_pretrained)."
-        )
+        raise _pickled(folder, pickles[0])
     raise UserError(f"folder '{folder}' has no model.safetensors{_gguf_hint(folder)}.")
+
+
+def _check_index(index: Path) -> None:
+    """The library reads whatever file an index names, pickles and files of other folders included."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        outside = sorted(name for name in names if PurePath(name).name != name)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index} is damaged ({error}); save or download the model again.") from error
+    if outside:
+        raise UserError(f"{index} names '{outside[0]}', which lies outside of its folder; download the model again.")
+    if pickles := sorted(name for name in names if not name.endswith(".safetensors")):
+        raise _pickled(index.parent, pickles[0])
+
+
+def _pickled(folder: Path, name: str) -> UserError:
+    return UserError(
+        f"folder '{folder}' holds its weights as a pickle ({name}), which can run any code when it is read; "
+        "save the model again as safetensors (model.save_pretrained)."
+    )
 
 
 def _gguf_checkpoint(path: Path) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from collections.abc import Iterator
@@ -26,6 +27,10 @@ from vocabridge.models.spec import Dtype, ModelSpec, Side, check_side
 logger = logging.getLogger(__name__)
 
 _LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
+_NEEDS_CODE = (
+    "it ships with Python code of its own, which can do anything on this machine; read that code, then set "
+    "trust_remote_code: true for this model, or choose another one"
+)
 _MAX_PADDED_ROWS = 1024
 """More unused rows than this, and than a tenth of the head, mean a wrong tokenizer rather than padding."""
 
@@ -114,7 +119,7 @@ def resolve_dtype(spec: ModelSpec) -> Dtype:
     check_weight_files(checkpoint)
     if checkpoint.gguf_file is not None:
         return spec.dtype
-    return _chosen_dtype(spec, _read_config(spec, checkpoint), _device(spec.device))
+    return _chosen_dtype(spec, read_config(spec, checkpoint), _device(spec.device))
 
 
 def clear_gguf_marks(model: PreTrainedModel) -> None:
@@ -159,11 +164,9 @@ def check_tokenizer_matches(tokenizer: PreTrainedTokenizerBase, model: PreTraine
 def _load(spec: ModelSpec, device: torch.device, config: PretrainedConfig | None) -> PreTrainedModel:
     checkpoint = find_checkpoint(spec.model)
     check_weight_files(checkpoint)
-    if spec.trust_remote_code:
-        logger.warning("trust_remote_code is on: Python code that ships with '%s' is run on this machine", spec.model)
     dtype = spec.dtype
     if checkpoint.gguf_file is None:
-        own_config = _read_config(spec, checkpoint)
+        own_config = read_config(spec, checkpoint)
         _check_config(spec, own_config)
         dtype = _chosen_dtype(spec, own_config, device)
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # annotated as returning no report
@@ -191,7 +194,12 @@ def _load(spec: ModelSpec, device: torch.device, config: PretrainedConfig | None
     return model
 
 
-def _read_config(spec: ModelSpec, checkpoint: Checkpoint) -> PretrainedConfig:
+def read_config(spec: ModelSpec, checkpoint: Checkpoint) -> PretrainedConfig:
+    """The checkpoint's configuration.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
     with _as_user_error(f"'{spec.model}': config.json cannot be read"):
         return AutoConfig.from_pretrained(checkpoint.name, **hub_options(spec, checkpoint))
 
@@ -223,12 +231,19 @@ def _check_config(spec: ModelSpec, config: PretrainedConfig) -> None:
 
 
 def hub_options(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What every ``from_pretrained`` of this model is given."""
+    """What every ``from_pretrained`` of this model is given; says so where that will run code of the model."""
+    if spec.trust_remote_code:
+        _announce_code(checkpoint.path)
     return {
         "revision": spec.revision or "main",
         "trust_remote_code": spec.trust_remote_code,
         "local_files_only": checkpoint.is_local,
     }
+
+
+@functools.cache  # once, not for tokenizer, configuration and weights each
+def _announce_code(name: str) -> None:
+    logger.warning("trust_remote_code is on: Python code that ships with '%s' is run on this machine", name)
 
 
 def _gguf_options(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -280,7 +295,7 @@ def _as_user_error(what: str) -> Iterator[None]:
     except _LOAD_ERRORS as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{what}: {_one_line(error)}") from error
+        raise UserError(f"{what}: {_NEEDS_CODE if 'trust_remote_code' in str(error) else _one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:

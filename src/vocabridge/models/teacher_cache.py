@@ -19,6 +19,7 @@ from torch import Tensor
 from vocabridge.durable import write_in_one_piece
 from vocabridge.errors import UserError
 from vocabridge.models.cache_shards import Shard, damaged, open_shards
+from vocabridge.models.dtypes import dtype_name
 from vocabridge.models.teacher_rows import TeacherRow, num_supervised
 
 CACHE_FILE = "cache.json"
@@ -168,8 +169,8 @@ def open_cache(folder: Path, key: CacheKey) -> TeacherCache | None:
     shards = open_shards(folder)
     for shard in shards:
         states = shard.states
-        if states.shape[1] != key.hidden_size or str(states.dtype).removeprefix("torch.") != key.storage_dtype:
-            raise damaged(shard.path, f"its states are {list(states.shape)} {states.dtype}")
+        if states.shape[1] != key.hidden_size or dtype_name(states.dtype) != key.storage_dtype:
+            raise damaged(shard.path, f"its states are {dtype_name(states.dtype)}, {states.shape[1]} wide")
     return TeacherCache(folder, found, shards)
 
 

@@ -18,7 +18,9 @@ import numpy as np
 from vocabridge.errors import UserError
 from vocabridge.pairs import IGNORE_INDEX, PairBatch, TokenizedSide
 
-_PROMPT_BYTES = 16
+PROMPT_BYTES = 16
+"""Length of the hash of a prompt."""
+
 _TOKEN_BYTES = 4
 
 
@@ -50,7 +52,7 @@ def row_key(input_ids: np.ndarray, num_supervised: int) -> bytes:
         num_supervised: R, the length of the response at the end.
     """
     prompt, response = np.split(input_ids, [len(input_ids) - num_supervised])
-    digest = hashlib.blake2b(prompt.astype("<i8").tobytes(), digest_size=_PROMPT_BYTES).digest()
+    digest = hashlib.blake2b(prompt.astype("<i8").tobytes(), digest_size=PROMPT_BYTES).digest()
     return join_key(digest, response)
 
 
@@ -61,12 +63,12 @@ def join_key(prompt: bytes, response_ids: np.ndarray) -> bytes:
 
 def prompt_digest(key: bytes) -> bytes:
     """The hash of the prompt in a row's name."""
-    return key[:_PROMPT_BYTES]
+    return key[:PROMPT_BYTES]
 
 
 def num_supervised(key: bytes) -> int:
     """R of the row with this name."""
-    return (len(key) - _PROMPT_BYTES) // _TOKEN_BYTES
+    return (len(key) - PROMPT_BYTES) // _TOKEN_BYTES
 
 
 def teacher_row(side: TokenizedSide) -> TeacherRow:

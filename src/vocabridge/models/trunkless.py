@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 
 from vocabridge.errors import UserError
@@ -19,7 +19,7 @@ from vocabridge.fingerprints import checkpoint_fingerprint, weights_fingerprint
 from vocabridge.models.capture import decoder_layers
 from vocabridge.models.checkpoint import Checkpoint, check_weight_files, find_checkpoint
 from vocabridge.models.heads import base_model
-from vocabridge.models.loading import hub_options, load_model, load_teacher, resolve_dtype
+from vocabridge.models.loading import load_model, load_teacher, read_config, resolve_dtype
 from vocabridge.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def _is_plain(spec: ModelSpec, checkpoint: Checkpoint) -> bool:
 
 def _plain_ends(spec: ModelSpec, checkpoint: Checkpoint) -> TeacherEnds | None:
     """None where the family cannot be built without layers."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.name, **hub_options(spec, checkpoint))
+    config = read_config(spec, checkpoint)
     short = copy.deepcopy(config)
     if short is not short.get_text_config():
         return None
