@@ -47,7 +47,7 @@ check: venv ## Lint, formatting and types
 
 # Plain scripts, each with --help. They take the quick start's models where those are, else small stand-ins. TRL is only
 # compared with, from a folder of its own; offline, that part is left out.
-BENCHMARKS := floor growth alignment gold_vs_trl cached_epoch generation processes teacher_dtype
+BENCHMARKS := floor step_memory vocabulary_cut growth alignment gold_vs_trl cached_epoch generation processes teacher_dtype
 
 bench: venv ## Measure speed and memory into docs/performance.md (about an hour on 2 cores)
 	-$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target build/trl 'trl==1.16.*'

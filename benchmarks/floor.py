@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -174,10 +175,16 @@ class Bench:
         """Forward only."""
         LiveTeacher(self.teacher)(self.batch)
 
-    def step(self, name: str) -> Step:
-        """The objective with its defaults, ready to run."""
+    def step(self, objective_spec: str | Mapping[str, Any]) -> Step:
+        """The objective of that name (with its defaults, or with the settings beside ``name``), ready to run."""
+        name = objective_spec if isinstance(objective_spec, str) else str(objective_spec["name"])
         objective = build_objective(
-            name, self.student, self.tokenizers[0], self.teacher, self.tokenizers[1], pair_tokenizer=self.pair_tokenizer
+            objective_spec,
+            self.student,
+            self.tokenizers[0],
+            self.teacher,
+            self.tokenizers[1],
+            pair_tokenizer=self.pair_tokenizer,
         )
         teacher = None
         if "teacher" in _needs(name):

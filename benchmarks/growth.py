@@ -238,6 +238,9 @@ def _bars(tables: dict[str, list[Row]]) -> list[Bar]:
     if all(row["extra MB"] is not None for row in vocabulary):
         name = "heads: extra memory / chunk_bytes, largest over 8k to 262k tokens"
         bars.append(Bar(name, max(row["extra MB"] for row in vocabulary) * 1e6 / DEFAULT_CHUNK_BYTES, 1.2))
+        full = [row for row in vocabulary if row["vocabulary"] >= 65_536]  # smaller ones leave a chunk half empty
+        name = "heads: extra memory at 262k tokens / at 65k"
+        bars.append(Bar(name, full[-1]["extra MB"] / full[0]["extra MB"], 1.1))
     return bars
 
 

@@ -19,7 +19,18 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import harness  # noqa: E402
 
-SCRIPTS = ("floor", "growth", "alignment", "gold_vs_trl", "cached_epoch", "generation", "processes", "teacher_dtype")
+SCRIPTS = (
+    "floor",
+    "step_memory",
+    "vocabulary_cut",
+    "growth",
+    "alignment",
+    "gold_vs_trl",
+    "cached_epoch",
+    "generation",
+    "processes",
+    "teacher_dtype",
+)
 
 
 def train_here(count, threads, given):
