@@ -1,0 +1,83 @@
+"""What a resumed run needs beyond ``transformers``' own state, so that its log is the one of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vocabridge.batching import LengthGroupingTrainer
+from vocabridge.checkpoint_files import check_whole
+from vocabridge.distillation_model import tally_dtype
+
+
+class ResumableTrainer(LengthGroupingTrainer):
+    """Goes on from whole checkpoints only, in the middle of what is logged as one number, and keeps the best one."""
+
+    _tally: dict[str, Tensor]
+    """By name, ``[sum, count]`` since the last line of the log."""
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As ``transformers.Trainer.train``.
+
+        Raises:
+            UserError: the checkpoint is damaged or was never finished.
+        """
+        if isinstance(resume_from_checkpoint, str) and self.is_world_process_zero():
+            check_whole(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """The best checkpoint is looked for beside the one that is resumed: the run folder may have been moved."""
+        place = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None and self.state.best_global_step:
+            best = Path(resume_from_checkpoint).with_name(f"checkpoint-{self.state.best_global_step}")
+            if best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        return place
+
+    # The two below are called on every rank, for its own share, and reading comes before the first resumed step.
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        window = {
+            "last_logged_step": self._globalstep_last_logged,
+            "loss": self._tr_loss.item(),
+            "terms": {name: pair.tolist() for name, pair in self._tally.items()},
+        }
+        (Path(output_dir) / self._window_file).write_text(json.dumps(window, indent=2) + "\n", encoding="utf-8")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None or not (path := Path(checkpoint) / self._window_file).is_file():
+            return  # written by another number of processes: the first line of the log then begins here
+        window = json.loads(path.read_text(encoding="utf-8"))
+        self._globalstep_last_logged = window["last_logged_step"]
+        self._tr_loss.fill_(window["loss"])
+        dtype = tally_dtype(self.args.device)
+        self._tally = {
+            name: torch.tensor(pair, dtype=dtype, device=self.args.device) for name, pair in window["terms"].items()
+        }
+
+    @property
+    def _window_file(self) -> str:
+        """Sums of the steps since the last line of the log."""
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        return f"log_window{rank}.json"
