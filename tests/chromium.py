@@ -14,7 +14,7 @@ _PROGRAMS = (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",
 
 
 def open_chromium() -> Iterator[Chrome]:
-    """Chromium with its console recorded, closed when the iterator goes on; skips where it, or its driver, is absent."""
+    """Chromium with its console recorded, closed as the iterator goes on; skips where it or its driver is absent."""
     found = [next(filter(None, map(shutil.which, names)), None) for names in _PROGRAMS]
     if None in found:
         pytest.skip("no Chromium with chromedriver here (Debian: apt-get install chromium chromium-driver)")

@@ -7,3 +7,12 @@ class UserError(ValueError):
     The message is one sentence (or a few short ones): what is wrong, where (file, line, field), how to mend it. The
     command line prints it without a traceback and exits with 2; what *we* broke stays an ordinary exception.
     """
+
+
+def visible(text: str) -> str:
+    r"""The text in one line, with an escape for each character that a terminal would act on or not show.
+
+    >>> print(visible("two\nlines, \x1b[31mred"))
+    two\nlines, \x1b[31mred
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

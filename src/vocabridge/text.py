@@ -25,7 +25,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, visible
 from .suggest import did_you_mean
 
 ALPACA_PROMPT = (
@@ -247,7 +247,8 @@ def _message(value: object, source: str, field: str) -> Message:
     role = _text(value["role"], source, f"{field}.role")
     if role not in ROLES:
         raise UserError(
-            f"{source}: {field}.role is '{role}'{did_you_mean(role, ROLES) or '.'} Accepted: {', '.join(ROLES)}."
+            f"{source}: {field}.role is '{visible(role)}'{did_you_mean(role, ROLES) or '.'} "
+            f"Accepted: {', '.join(ROLES)}."
         )
     return Message(role, _text(value["content"], source, f"{field}.content"))
 
@@ -269,7 +270,7 @@ def _text(value: object, source: str, field: str) -> str:
 def _missing(what: str, accepted: tuple[str, ...], fields: Mapping[str, Any], source: str) -> UserError:
     hints = (did_you_mean(str(name), accepted) for name in fields if name not in PROMPT_FIELDS + RESPONSE_FIELDS)
     hint = next(filter(None, hints), "")
-    found = ", ".join(f"'{name}'" for name in fields) or "none"
+    found = ", ".join(f"'{visible(str(name))}'" for name in fields) or "none"
     expected = " or ".join(f"'{name}'" for name in accepted)
     return UserError(f"{source}: no {what}: expected a field {expected}{hint or '.'} Fields found: {found}.")
 
@@ -367,7 +368,11 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[tuple[str, object]]:
     folder = Path(name).expanduser()
     saved = any((folder / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
     try:
+        if not saved:
+            _check_data_files(datasets.load_dataset_builder(str(folder)).config.data_files, folder)
         dataset = datasets.load_from_disk(folder) if saved else datasets.load_dataset(str(folder), split=split)
+    except UserError:
+        raise
     except Exception as error:
         # Loaders run format and network code and raise whatever that raises.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -376,7 +381,26 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[tuple[str, object]]:
         dataset = _pick_split(dataset, name, split)
     elif saved and split is not None:
         raise UserError(f"{name}: split {split!r} was given, but the saved dataset has no splits.")
-    return _indexed_rows(dataset, name)
+    return _indexed_rows(_without_media(dataset, name), name)
+
+
+def _check_data_files(files: Mapping[str, Iterable[str]] | None, folder: Path) -> None:
+    """A dataset's card may name any file of this machine as its rows; only the dataset's own are read."""
+    own = f"{folder.absolute()}/" if folder.is_dir() else "hf://"
+    for file in (str(each) for split in (files or {}).values() for each in split):
+        if not file.startswith(own) or ".." in Path(file).parts:
+            raise UserError(f"{folder}: its card (README.md) names '{visible(file)}', which lies outside of it.")
+
+
+def _without_media(dataset: Any, name: str) -> Any:
+    """The dataset without images, sound and the like: reading such a cell opens the file or address that it names."""
+    from datasets.features.features import require_decoding
+
+    media = [column for column, feature in (dataset.features or {}).items() if require_decoding(feature)]
+    if wanted := [column for column in media if column in (*PROMPT_FIELDS, *RESPONSE_FIELDS, "input")]:
+        kind = type(dataset.features[wanted[0]]).__name__
+        raise UserError(f"{name}: the column '{wanted[0]}' holds no text ({kind}); rename it or write its text.")
+    return dataset.remove_columns(media) if media else dataset
 
 
 def _pick_split(splits: Mapping[str, Any], name: str, split: str | None) -> Iterable[object]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from vocabridge.errors import UserError
-from vocabridge.settings import Settings
+from vocabridge.settings import Name, Settings
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["transformers", "vllm"]
@@ -30,7 +30,7 @@ class LoraSpec(Settings):
 class CacheSpec(Settings):
     """Where the teacher's last hidden states are kept, so that it runs once per row instead of once per epoch."""
 
-    folder: str | None = None
+    folder: Name | None = None
     """Folder of the cache; none means one for this teacher under ``$VOCABRIDGE_CACHE`` or the user's cache folder."""
     dtype: Dtype = "auto"
     """Type of the states on disk; ``auto`` keeps the teacher's own, ``bfloat16`` halves what float32 takes."""
@@ -46,7 +46,7 @@ def _read_cache(given: Any) -> Any:
 class ModelSpec(Settings):
     """The ``student:`` or ``teacher:`` section of a recipe: which model, how it is loaded, how it reads a prompt."""
 
-    model: str = Field(min_length=1)
+    model: Name = Field(min_length=1)
     """Hub id (``HuggingFaceTB/SmolLM2-135M``), folder with a checkpoint, or path of a ``.gguf`` file."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; none means its main branch."""
@@ -61,7 +61,7 @@ class ModelSpec(Settings):
     """Run Python code that ships with the model; it can do anything on this machine."""
     template: Literal["plain", "chat"] = "plain"
     """How a prompt is rendered: as the plain text it is, or with the tokenizer's chat template."""
-    tokenizer: str | None = None
+    tokenizer: Name | None = None
     """Hub id, folder or ``.gguf`` file of the tokenizer where it does not come with the model."""
     lora: LoraSpec | None = None
     """Adapters to train instead of the weights; student only."""

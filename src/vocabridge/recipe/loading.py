@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from vocabridge.errors import UserError
+from vocabridge.errors import UserError, visible
 from vocabridge.models.spec import ModelSpec
 from vocabridge.recipe import yaml_text
 from vocabridge.recipe.objective import ObjectiveSettings, read_objective
@@ -60,7 +60,7 @@ class Source:
         """Raise one :class:`UserError` with a line for each problem, in the order of the file."""
         if problems:
             ordered = sorted(problems, key=lambda problem: self._line(problem.path))
-            lines = (f"{self.place(problem.path)}: {problem.key} {problem.text}" for problem in ordered)
+            lines = (f"{self.place(problem.path)}: {visible(f'{problem.key} {problem.text}')}" for problem in ordered)
             raise UserError("\n".join(dict.fromkeys(lines)))
 
     def _line(self, path: yaml_text.Path) -> int:
@@ -166,12 +166,12 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[st
         dotted, equals, text = override.partition("=")
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
-            raise UserError(f"command line: '{override}' is no override; write section.key=value.")
+            raise UserError(f"command line: '{visible(override)}' is no override; write section.key=value.")
         try:
             value = yaml_text.read_value(text)
         except UserError as error:
-            raise UserError(f"command line: {dotted}: {error}") from error
-        paths.add(set_value(values, keys, value, place=f"command line: '{override}'"))
+            raise UserError(f"command line: {visible(dotted)}: {error}") from error
+        paths.add(set_value(values, keys, value, place=f"command line: '{visible(override)}'"))
     return values, frozenset(paths)
 
 
@@ -197,7 +197,7 @@ def set_value(values: dict[str, Any], keys: Sequence[str], value: Any, *, place:
             here[key] = {} if here.get(key) is None else here[key]
         else:
             problem = "is a list; name a place in it" if isinstance(here, list) else "is a value, it has no keys"
-            raise UserError(f"{place}: {'.'.join(keys[:depth])} {problem}.")
+            raise UserError(f"{place}: {visible('.'.join(keys[:depth]))} {problem}.")
         parent, here = here, here[path[-1]]
     parent[path[-1]] = value
     return path
@@ -215,10 +215,20 @@ def make_absolute(values: Mapping[str, Any], folder: Path) -> None:
 
 def _found(given: str, folder: Path) -> str:
     name, colon, split = given.rpartition(":")
-    if colon and name and (folder / Path(name).expanduser()).is_dir():  # "folder:split" of a saved dataset
-        return f"{_found(name, folder)}:{split}"
-    path = folder / Path(given).expanduser()
-    return str(path.resolve()) if given and path.exists() else given
+    try:
+        if colon and name and (folder / Path(name).expanduser()).is_dir():  # "folder:split" of a saved dataset
+            return f"{_found(name, folder)}:{split}"
+        path = folder / Path(given).expanduser()
+        return str(path.resolve()) if given and path.exists() else given
+    except (OSError, RuntimeError, ValueError):  # no name at all, which the section's own check tells
+        return given
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # no name at all, which the section's own check tells
+        return True
 
 
 def _missing_files(values: Mapping[str, Any]) -> Iterator[Problem]:
@@ -228,5 +238,5 @@ def _missing_files(values: Mapping[str, Any]) -> Iterator[Problem]:
         given = here.get(key) if isinstance(here, Mapping) else None
         for name in [given] if isinstance(given, str) else given if isinstance(given, list) else []:
             local = isinstance(name, str) and (name.endswith(_FILE_ENDINGS) or name.startswith(("/", "./", "../", "~")))
-            if local and not any(Path(part).expanduser().exists() for part in (name, name.rpartition(":")[0]) if part):
+            if local and not any(_exists(part) for part in (name, name.rpartition(":")[0]) if part):
                 yield Problem((section, key), f"names '{name}', which does not exist.")

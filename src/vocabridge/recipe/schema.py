@@ -15,7 +15,7 @@ from vocabridge.models.spec import CacheSpec, Dtype, Engine, ModelSpec, check_si
 from vocabridge.recipe.objective import ObjectiveSettings
 from vocabridge.recipe.training import TrainingSettings
 from vocabridge.recipe.yaml_text import dump
-from vocabridge.settings import Settings
+from vocabridge.settings import Name, Settings
 from vocabridge.suggest import did_you_mean
 
 
@@ -23,7 +23,7 @@ def _one_or_many(given: Any) -> Any:
     return [given] if isinstance(given, str) else given
 
 
-Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_many)]
+Names = Annotated[tuple[Annotated[Name, Field(min_length=1)], ...], BeforeValidator(_one_or_many)]
 """One name or a list of names."""
 
 

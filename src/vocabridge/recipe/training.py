@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 import annotated_types
 from pydantic import Field, create_model
 
-from vocabridge.settings import Settings
+from vocabridge.settings import Name, Settings
 
 _SIMPLE_TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 _LIMITS = {
@@ -44,7 +44,7 @@ NOT_TAKEN = {
 class OwnTrainingSettings(Settings):
     """What we add to ``TrainingArguments``."""
 
-    output_dir: str
+    output_dir: Name
     """Run folder; becomes a Hugging Face checkpoint of the student. Relative to the current folder."""
     projector_learning_rate: float | None = Field(None, gt=0)
     """Learning rate of the objective's learned projectors; that of the student when left out."""

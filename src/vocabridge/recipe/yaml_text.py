@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from vocabridge.errors import UserError
+from vocabridge.errors import UserError, visible
 
 Path = tuple[str | int, ...]
 
@@ -67,19 +68,32 @@ def read_mapping(text: str, *, source: str) -> YamlMapping:
     Raises:
         UserError: not YAML, no mapping, a key given twice or a key that is not text; all duplicates are named.
     """
-    loader = _Loader(text)
+    with _told_as_user_error(source):
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if not isinstance(node, yaml.MappingNode):
+                raise UserError(f"{source}: the file must hold sections such as 'data:' and 'training:', and has none.")
+            lines, problems = _lines(node, source)
+            if problems:
+                raise UserError("\n".join(problems))
+            return YamlMapping(loader.construct_document(node), lines)
+        finally:
+            loader.dispose()
+
+
+@contextmanager
+def _told_as_user_error(source: str) -> Iterator[None]:
     try:
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"{source}: the file must hold sections such as 'data:' and 'training:', and has none.")
-        lines, problems = _lines(node, source)
-        if problems:
-            raise UserError("\n".join(problems))
-        return YamlMapping(loader.construct_document(node), lines)
+        yield
+    except UserError:
+        raise
     except yaml.YAMLError as error:
         raise UserError(_syntax_problem(error, source)) from error
-    finally:
-        loader.dispose()
+    except RecursionError as error:
+        raise UserError(f"{source}: not valid YAML: it is nested too deeply.") from error
+    except (ValueError, TypeError, OverflowError, AttributeError) as error:  # a tag such as !!int on something else
+        raise UserError(f"{source}: not valid YAML: {visible(str(error))}.") from error
 
 
 def read_value(text: str) -> Any:
@@ -90,8 +104,8 @@ def read_value(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
-    except yaml.YAMLError as error:
-        raise UserError(f"the value '{text}' is not valid YAML; quote it.") from error
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError, RecursionError) as error:
+        raise UserError(f"the value '{visible(text)}' is not valid YAML; quote it.") from error
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
@@ -115,10 +129,10 @@ def _lines(root: yaml.MappingNode, source: str) -> tuple[dict[Path, int], list[s
     for path, key in _keys(root, (), set()):
         line = key.start_mark.line + 1
         if not isinstance(path[-1], int) and key.tag != "tag:yaml.org,2002:str":
-            problems.append(f"{source}:{line}: the key '{path[-1]}' must be text; quote it.")
+            problems.append(f"{source}:{line}: the key '{visible(str(path[-1]))}' must be text; quote it.")
         elif path in lines and not any(path[:end] in repeated for end in range(len(path))):
             repeated.add(path)
-            dotted = ".".join(map(str, path))
+            dotted = visible(".".join(map(str, path)))
             problems.append(f"{source}:{line}: {dotted} is given twice (first on line {lines[path]}); keep one.")
         lines.setdefault(path, line)
     return lines, problems
@@ -146,4 +160,4 @@ def _syntax_problem(error: yaml.YAMLError, source: str) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     where = f"{source}:{mark.line + 1}" if mark else source
     reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"{where}: not valid YAML: {reason}."
+    return f"{where}: not valid YAML: {visible(reason)}."

@@ -32,7 +32,7 @@ from ..errors import UserError
 from ..recipe import Recipe, yaml_text
 from ..recipe.loading import Source, build_recipe, make_absolute, read_recipe_file, set_value
 from ..recipe.problems import Problem, boolean_problems, validation_problems, without_echoes
-from ..settings import Settings
+from ..settings import Name, Settings
 from ..suggest import did_you_mean
 
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -47,9 +47,9 @@ _SET_BY_THE_STUDY = {
 class StudySettings(Settings):
     """A study file."""
 
-    base: str | dict[str, Any]
+    base: Name | dict[str, Any]
     """Recipe that the variants change: a file, or its sections."""
-    output_dir: str = Field(min_length=1)
+    output_dir: Name = Field(min_length=1)
     """Folder of the study; each run has its own in ``runs/VARIANT/seedN``."""
     baseline: str
     """Variant that the others are compared with."""
