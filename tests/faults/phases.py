@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import shutil
@@ -114,7 +115,7 @@ def cache_results(folder: Path) -> Found:
         with safe_open(path, framework="pt") as file:
             starts = [0, *file.get_tensor("lengths").cumsum(0).tolist()]
             ids, states = file.get_tensor("response_ids"), file.get_tensor("hidden_states")
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             name = str(ids[start:end].tolist())
             assert name not in rows, "a row stands twice in the cache"
             rows[name] = hashlib.sha256(states[start:end].numpy().tobytes()).hexdigest()
@@ -132,7 +133,10 @@ def study_results(folder: Path) -> Found:
     }
 
 
-EVALUATE = ("evaluate", "student", "--data", "test.jsonl", "--seeds", "1", "2", "--max-new-tokens", "3")
+EVALUATE = (
+    *("evaluate", "student", "--data", "test.jsonl", "--output-dir", "scores", "--seeds", "1", "2"),
+    *("--max-new-tokens", "3", "--limit", "5", "--batch-size", "2"),
+)
 PHASES = {
     phase.name: phase
     for phase in (
@@ -149,7 +153,7 @@ PHASES = {
             lambda folder: cache_results(folder / "cache"), preparations=("small_shards",),
         ),
         Phase(
-            "evaluating", (*EVALUATE, "--limit", "5", "--batch-size", "2", "--output-dir", "scores"), r"(^|/)scores(/|$)",
+            "evaluating", EVALUATE, r"(^|/)scores(/|$)",
             lambda folder: evaluation_results(folder / "scores"),
         ),
         Phase(
@@ -174,7 +178,7 @@ class Trials:
     """Kills of one phase, each in a fresh copy of models and data, compared with a run that nothing disturbed."""
 
     def __init__(self, server: ForkServer, phase: Phase, models: Path, scratch: Path) -> None:
-        self._server, self._phase, self._models, self._scratch = server, phase, models, scratch
+        self._server, self.phase, self._models, self._scratch = server, phase, models, scratch
         self.tally = Tally()
         folder = self._fresh()
         # A pattern counts the operations of a role; which numbers there are is seen in a run that no number strikes.
@@ -198,32 +202,47 @@ class Trials:
         for first in (True, False) if choice.random() < 0.3 else (True,):
             struck += self._start(folder, first=first, fault=self._fault(choice)).struck
         self.tally.kills += struck
-        ended = self._to_the_end(folder)
+        self._compare(folder, self._to_the_end(folder))
         self.tally.seconds += time.monotonic() - began
+
+    def stop(self, number: int) -> Ended:
+        """Ask for a stop by a signal halfway, then go on to the end.
+
+        Returns:
+            How the command that was asked ended.
+        """
+        folder = self._fresh()
+        at = self._operations["command"] // 2
+        stopped = self._start(folder, first=True, fault=Fault(self.phase.pattern, at, 0.0, number=number))
+        assert stopped.struck, "it was over before the signal"
+        self._compare(folder, self._to_the_end(folder))
+        return stopped
+
+    def _compare(self, folder: Path, ended: Ended) -> None:
         if ended.code != 0:
             self.tally.failures.append(f"exit status {ended.code}: {ended.output[-2000:]}")
-        elif (found := self._phase.results(folder)) != self.expected:
+        elif (found := self.phase.results(folder)) != self.expected:
             names = [name for name in {**found, **self.expected} if found.get(name) != self.expected.get(name)]
             self.tally.failures.append(f"other {', '.join(names)}")
 
     def _fault(self, choice: random.Random) -> Fault:
-        role = choice.choice(self._phase.roles)
+        role = choice.choice(self.phase.roles)
         at = choice.randint(1, self._operations[role])
-        longest = self._phase.delay if self._phase.delay is not None else choice.choice((None, 0.01))
+        longest = self.phase.delay if self.phase.delay is not None else choice.choice((None, 0.01))
         delay = None if longest is None else choice.uniform(0, longest)
-        return Fault(self._phase.pattern, at, delay, role)
+        return Fault(self.phase.pattern, at, delay, role)
 
     def _to_the_end(self, folder: Path) -> Ended:
         """Once is enough, except that a study whose run was killed says so and wants to be started again."""
         ended = self._start(folder, first=False)
-        if "run" in self._phase.roles and ended.code == 1:
+        if "run" in self.phase.roles and ended.code == 1:
             ended = self._start(folder, first=False)
         return ended
 
     def _start(self, folder: Path, *, first: bool, fault: Fault | None = None) -> Ended:
         self.tally.starts += 1
-        command = self._phase.command if first else (*self._phase.command, *self._phase.resume)
-        return self._server.start(command, folder, fault=fault, preparations=self._phase.preparations)
+        command = self.phase.command if first else (*self.phase.command, *self.phase.resume)
+        return self._server.start(command, folder, fault=fault, preparations=self.phase.preparations)
 
     def _fresh(self) -> Path:
         """Always at the same place: results name their files by absolute paths."""

@@ -19,7 +19,7 @@ _SERVER = Path(__file__).with_name("fork_server.py")
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Kill -9 at the ``at``-th file operation whose path matches ``pattern``."""
+    """Kill -9, or another signal, at the ``at``-th file operation whose path matches ``pattern``."""
 
     pattern: str
     at: int
@@ -27,6 +27,8 @@ class Fault:
     """Seconds after that operation has begun; None: exactly before it."""
     role: str = "command"
     """Or ``run``: a study's child process."""
+    number: int = signal.SIGKILL
+    """Of the signal; one that is no kill needs a delay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class ForkServer:
                 marked = True
                 time.sleep(fault.delay)
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(mark.read_text()), signal.SIGKILL)
+                    os.kill(int(mark.read_text()), fault.number)
             if meanwhile is not None and meanwhile(pid):
                 meanwhile = None
             if time.monotonic() > end:
