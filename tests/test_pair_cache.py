@@ -5,6 +5,7 @@ import pytest
 
 from tiny_pair import ROWS
 from vocabridge import pair_cache
+from vocabridge.alignment import vocabulary_cache
 from vocabridge.errors import UserError
 from vocabridge.pair_cache import cached_pairs, pack, unpack
 from vocabridge.pairs import PairTokenizer, tokenize_examples
@@ -131,6 +132,29 @@ def test_a_damaged_file_is_made_again(tiny_bpe_tokenizer, count_tokenizing, tmp_
     assert_same(cached_pairs(EXAMPLES, tokenize), expected)
     assert len(count_tokenizing) == 2
     assert "damaged" in caplog.text
+
+
+def test_no_changed_byte_changes_a_pair(tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer, tmp_path, caplog):
+    """Names of arrays among them, which the zip format's own checksums leave out: without the right name a teacher's
+    side would be missing."""
+    tokenize = PairTokenizer(tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer)
+    examples = EXAMPLES[:2]
+    expected = pack(cached_pairs(examples, tokenize))
+    (path,) = (tmp_path / "cache").glob("pairs-*.npz")
+    whole = path.read_bytes()
+    directory = whole.index(b"PK\x01\x02")
+    for position in [*range(0, directory, 7), *range(directory, len(whole))]:
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        found = vocabulary_cache._read(path)
+        assert found is None or equal(found, expected), position
+    assert caplog.text.count("damaged") > 100
+    for length in range(0, len(whole), 97):
+        path.write_bytes(whole[:length])
+        assert vocabulary_cache._read(path) is None
+
+
+def equal(arrays, others):
+    return arrays.keys() == others.keys() and all(np.array_equal(arrays[name], others[name]) for name in others)
 
 
 def test_few_rows_leave_no_file(tiny_bpe_tokenizer, tmp_path, monkeypatch):
