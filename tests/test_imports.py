@@ -16,6 +16,7 @@ PACKAGE = Path(vocabridge.recipe.__file__).parents[1]
 
 LAYERS: list[set[str]] = [
     {"errors", "suggest", "settings", "durable", "preemption"},
+    {"ranks"},
     {"objectives.config", "matching.config"},  # plain settings, read without torch by the objective registry
     {"text"},
     {"alignment", "prompts", "pairs"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from vocabridge.models.loading import check_tokenizer_matches, load_model, load_
 from vocabridge.models.spec import Engine, ModelSpec
 from vocabridge.models.trunkless import load_ends
 from vocabridge.prompts import Template
+from vocabridge.ranks import Ranks
 from vocabridge.text import Example, read_examples, row_with_response
 
 
@@ -51,6 +52,7 @@ def generate_data(
     limit: int | None = None,
     overwrite: bool = False,
     engine: Engine = "transformers",
+    ranks: Ranks | None = None,
 ) -> GeneratedData:
     """Have a model answer all prompts and write the rows ``vocabridge distill`` trains on.
 
@@ -66,14 +68,17 @@ def generate_data(
         limit: answer only the first so many prompts.
         overwrite: replace an output that is there, and discard answers that other settings or data left unfinished.
         engine: what generates; ``vllm`` must be installed.
+        ranks: the processes that share the prompts (:func:`vocabridge.ranks.launched_ranks`), which must all call this
+            with the same arguments; the first one writes, and it writes what one process would.
 
     Raises:
         UserError: the output exists, data, model or engine cannot be used, or no answer is of use.
     """
     output = Path(output)
-    _check_output(output, overwrite=overwrite)
+    ranks = ranks or Ranks()
+    ranks.on_first(lambda: _check_output(output, overwrite=overwrite))
     if engine == "vllm":
-        check_vllm(spec)
+        check_vllm(spec, num_processes=ranks.world_size)
     if settings.greedy and len(set(seeds)) > 1:
         raise UserError("several seeds with temperature 0 give the same answers; give one seed or a temperature.")
     examples = read_examples(list(data), limit=limit)
@@ -84,12 +89,12 @@ def generate_data(
         settings={**asdict(settings), "template": spec.template, "dtype": teacher.dtype} | engine_settings(engine),
         data={"prompts": data_fingerprint(examples)},
     )
-    folder = _answers_folder(output.with_name(f"{output.name}.generation"), manifest, overwrite=overwrite)
-    rows: list[Record] = []
-    num_empty = num_unfinished = 0
-    with generation_progress() as progress:
-        for seed in dict.fromkeys(seeds):
-            records = teacher.responder.respond(
+    ranks.check_same(manifest, "model, settings or prompts")
+    path = output.with_name(f"{output.name}.generation")
+    folder = ranks.on_first(lambda: _answers_folder(path, manifest, overwrite=overwrite))
+    with generation_progress(ranks) as progress:
+        records = {
+            seed: teacher.responder.respond(
                 examples,
                 teacher.engine,
                 seed=seed,
@@ -97,23 +102,38 @@ def generate_data(
                 make_record=_record,
                 progress=progress,
                 title=f"seed {seed}",
+                ranks=ranks,
             )
-            for example, record in zip(examples, records, strict=True):
-                if not record["finished"]:
-                    num_unfinished += 1
-                elif not record["response"].strip():
-                    num_empty += 1
-                else:
-                    extra = {"source": example.source, "teacher": spec.model, "seed": seed}
-                    rows.append({**row_with_response(example, record["response"]), **extra})
-    if not rows:
-        shutil.rmtree(folder.path)  # or it would stand in the way of other settings
+            for seed in dict.fromkeys(seeds)
+        }
+    written = ranks.on_first(lambda: _write(output, examples, records, model=spec.model))
+    if ranks.is_first:
+        shutil.rmtree(folder.path)  # without rows, too, or it would stand in the way of other settings
+    if not written.num_rows:
         raise UserError(
-            f"{spec.model} gave no usable answer: {num_unfinished} were cut off at {settings.max_new_tokens} tokens "
-            f"and {num_empty} were empty; raise --max-new-tokens or check the template."
+            f"{spec.model} gave no usable answer: {written.num_unfinished} were cut off at {settings.max_new_tokens} "
+            f"tokens and {written.num_empty} were empty; raise --max-new-tokens or check the template."
         )
-    write_in_one_piece(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    shutil.rmtree(folder.path)
+    return written
+
+
+def _write(
+    output: Path, examples: Sequence[Example], records: Mapping[int, Sequence[Record]], *, model: str
+) -> GeneratedData:
+    """The usable answers of every seed as training rows; without one, no file."""
+    rows: list[Record] = []
+    num_empty = num_unfinished = 0
+    for seed, answers in records.items():
+        for example, answer in zip(examples, answers, strict=True):
+            if not answer["finished"]:
+                num_unfinished += 1
+            elif not answer["response"].strip():
+                num_empty += 1
+            else:
+                extra = {"source": example.source, "teacher": model, "seed": seed}
+                rows.append({**row_with_response(example, answer["response"]), **extra})
+    if rows:
+        write_in_one_piece(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return GeneratedData(output, len(rows), num_empty, num_unfinished)
 
 

@@ -23,6 +23,7 @@ from ..models.forward import forward_side
 from ..models.loading import vocabulary_size
 from ..pairs import IGNORE_INDEX, PairTokenizer, TokenizedSide
 from ..prompts import Template
+from ..ranks import Ranks
 from ..text import Example
 from .generation import inference, length_buckets
 
@@ -60,6 +61,7 @@ def reference_bits(
     template: Template = "plain",
     batch_size: int = 16,
     on_batch: Callable[[int], None] = lambda num_rows: None,
+    ranks: Ranks | None = None,
 ) -> ReferenceBits:
     """Bits of the examples' responses under the model; batch size and padding change rounding only.
 
@@ -71,6 +73,7 @@ def reference_bits(
         template: how prompts are rendered.
         batch_size: rows of one forward pass.
         on_batch: called with the number of rows after each forward pass.
+        ranks: the processes that share the batches; all get the result.
 
     Raises:
         UserError: no row fits, or the model gives a probability that is no number.
@@ -80,11 +83,18 @@ def reference_bits(
     sides = [pair.student for pair in pairs if pair is not None]
     if not sides:
         raise UserError(f"no prompt leaves room for a response within {max_length} tokens, the context of the model.")
-    nats, vocab_size = 0.0, vocabulary_size(tokenizer)
-    for indices in length_buckets([len(side.input_ids) for side in sides], batch_size):
-        batch = [sides[index] for index in indices]
-        nats -= _log_prob(model, batch, vocab_size=vocab_size)
-        on_batch(len(batch))
+    vocab_size = vocabulary_size(tokenizer)
+    batches = length_buckets([len(side.input_ids) for side in sides], batch_size)
+
+    def log_prob(indices: Sequence[int]) -> float:
+        return _log_prob(model, [sides[index] for index in indices], vocab_size=vocab_size)
+
+    ranks = ranks or Ranks()
+    log_probs = [0.0] * len(batches)
+    for place, value in ranks.spread(batches, log_prob):
+        log_probs[place] = value
+        on_batch(len(batches[place]))
+    nats = ranks.on_first(lambda: -sum(log_probs))  # in the order of the batches, whoever had them
     if not math.isfinite(nats):
         raise UserError(
             "the model gives the references a log-probability that is no finite number; its weights are broken."

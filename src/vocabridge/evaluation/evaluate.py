@@ -14,6 +14,7 @@ from ..fingerprints import data_fingerprint, model_fingerprint
 from ..models.loading import check_tokenizer_matches, load_model, load_tokenizer
 from ..models.spec import Engine, ModelSpec
 from ..prompts import Template
+from ..ranks import Ranks
 from ..text import Example
 from .bits import ReferenceBits, reference_bits
 from .engine import Generation, GenerationEngine, GenerationSettings, engine_settings
@@ -40,6 +41,7 @@ def evaluate_model(
     in_domain: Sequence[str] | None = None,
     overwrite: bool = False,
     engine: Engine = "transformers",
+    ranks: Ranks | None = None,
 ) -> EvaluationResult:
     """Read the data, load a model and its tokenizer, and evaluate; the other arguments are those of :func:`evaluate`.
 
@@ -48,8 +50,9 @@ def evaluate_model(
     Raises:
         UserError: as :func:`evaluate`, or the model cannot be loaded, or the engine is not there.
     """
+    ranks = ranks or Ranks()
     if engine == "vllm":
-        check_vllm(spec)
+        check_vllm(spec, num_processes=ranks.world_size)
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
     )
@@ -57,7 +60,7 @@ def evaluate_model(
     tokenizer = load_tokenizer(spec)
     model = load_model(spec)
     check_tokenizer_matches(tokenizer, model, "student")
-    place = _Place(Path(output_dir), overwrite, spec.model, engine)
+    place = _Place(Path(output_dir), overwrite, spec.model, engine, ranks)
     evaluation = _start(model, tokenizer, plan, template=spec.template, place=place)
     if engine == "transformers":
         return evaluation.generate(evaluation.responder.transformers_engine(model))
@@ -83,6 +86,7 @@ def evaluate(
     in_domain: Sequence[str] | None = None,
     overwrite: bool = False,
     model_name: str = "model",
+    ranks: Ranks | None = None,
 ) -> EvaluationResult:
     """Score a model on files of prompts and references.
 
@@ -106,6 +110,8 @@ def evaluate(
         in_domain: names of the in-domain files; None or nothing means the first file.
         overwrite: discard an earlier evaluation in ``output_dir``.
         model_name: what the results call the model.
+        ranks: the processes that share the work (:func:`vocabridge.ranks.launched_ranks`), which must all call this
+            with the same arguments. The first one writes; all get the result, which is that of one process.
 
     Raises:
         UserError: a setting, file or row that cannot be used, or a folder with a different evaluation.
@@ -114,7 +120,7 @@ def evaluate(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
     )
     plan = plan_evaluation(files, seeds=seeds, settings=settings, limit=limit, in_domain=in_domain)
-    place = _Place(Path(output_dir), overwrite, model_name, "transformers")
+    place = _Place(Path(output_dir), overwrite, model_name, "transformers", ranks or Ranks())
     evaluation = _start(model, tokenizer, plan, template=template, place=place)
     return evaluation.generate(evaluation.responder.transformers_engine(model))
 
@@ -124,12 +130,13 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an evaluation goes, and what it calls itself."""
+    """Where an evaluation runs and goes, and what it calls itself."""
 
     path: Path
     overwrite: bool
     model_name: str
     engine: Engine
+    ranks: Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +149,13 @@ class _Evaluation:
     bits: tuple[ReferenceBits, ...]
     """Of each file."""
     model_name: str
+    ranks: Ranks
 
     def generate(self, engine: GenerationEngine) -> EvaluationResult:
         """Answer all prompts and put the results together."""
         plan = self.plan
-        with generation_progress() as progress:
-            evaluator = _Evaluator(self.responder, engine, self.folder, progress)
+        with generation_progress(self.ranks) as progress:
+            evaluator = _Evaluator(self.responder, engine, self.folder, progress, self.ranks)
             files = tuple(
                 _evaluate_file(evaluator, file, plan.seeds, bits)
                 for file, bits in zip(plan.files, self.bits, strict=True)
@@ -159,7 +167,8 @@ class _Evaluation:
             in_domain=domain_average([file for file in files if file.in_domain]),
             out_of_domain=domain_average([file for file in files if not file.in_domain]),
         )
-        self.folder.save_results(result.to_json())
+        if self.ranks.is_first:
+            self.folder.save_results(result.to_json())
         return result
 
 
@@ -179,16 +188,26 @@ def _start(
         settings=settings | engine_settings(place.engine),
         data={file.name: data_fingerprint(file.examples) for file in plan.files},
     )
-    folder = RunFolder(place.path, manifest, overwrite=place.overwrite)
-    with generation_progress() as progress:
-        bits = tuple(_file_bits(model, responder, file, folder=folder, progress=progress) for file in plan.files)
-    return _Evaluation(plan, responder, folder, bits, place.model_name)
+    ranks = place.ranks
+    ranks.check_same(manifest, "model, settings or data")
+    folder = ranks.on_first(lambda: RunFolder(place.path, manifest, overwrite=place.overwrite))
+    with generation_progress(ranks) as progress:
+        bits = tuple(
+            _file_bits(model, responder, file, folder=folder, progress=progress, ranks=ranks) for file in plan.files
+        )
+    return _Evaluation(plan, responder, folder, bits, place.model_name, ranks)
 
 
 def _file_bits(
-    model: PreTrainedModel, responder: Responder, file: DataFile, *, folder: RunFolder, progress: Progress
+    model: PreTrainedModel,
+    responder: Responder,
+    file: DataFile,
+    *,
+    folder: RunFolder,
+    progress: Progress,
+    ranks: Ranks,
 ) -> ReferenceBits:
-    if saved := folder.load_bits(file.name):
+    if saved := ranks.on_first(lambda: folder.load_bits(file.name)):
         return ReferenceBits(**saved)
     task = progress.add_task(f"{file.name}: bits per byte", total=len(file.examples))
     bits = reference_bits(
@@ -199,8 +218,10 @@ def _file_bits(
         template=responder.renderer.template,
         batch_size=responder.settings.batch_size,
         on_batch=lambda num_rows: progress.advance(task, num_rows),
+        ranks=ranks,
     )
-    folder.save_bits(file.name, asdict(bits))
+    if ranks.is_first:
+        folder.save_bits(file.name, asdict(bits))
     return bits
 
 
@@ -215,11 +236,12 @@ class _Evaluator:
     engine: GenerationEngine
     folder: RunFolder
     progress: Progress
+    ranks: Ranks
 
 
 def _evaluate_file(evaluator: _Evaluator, file: DataFile, seeds: Sequence[int], bits: ReferenceBits) -> FileResult:
     responder = evaluator.responder
-    scores = tuple(_seed_scores(seed, _predictions(evaluator, file, seed)) for seed in seeds)
+    scores = tuple(_scores(evaluator, file, seed) for seed in seeds)
     return FileResult(
         name=file.name,
         in_domain=file.in_domain,
@@ -234,8 +256,8 @@ def _evaluate_file(evaluator: _Evaluator, file: DataFile, seeds: Sequence[int], 
     )
 
 
-def _predictions(evaluator: _Evaluator, file: DataFile, seed: int) -> list[Record]:
-    return evaluator.responder.respond(
+def _scores(evaluator: _Evaluator, file: DataFile, seed: int) -> SeedScores:
+    records = evaluator.responder.respond(
         file.examples,
         evaluator.engine,
         seed=seed,
@@ -243,7 +265,9 @@ def _predictions(evaluator: _Evaluator, file: DataFile, seed: int) -> list[Recor
         make_record=_record,
         progress=evaluator.progress,
         title=f"{file.name}: seed {seed}",
+        ranks=evaluator.ranks,
     )
+    return evaluator.ranks.on_first(lambda: _seed_scores(seed, records))
 
 
 def _record(example: Example, generation: Generation, prediction: str) -> Record:

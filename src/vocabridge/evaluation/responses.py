@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..errors import UserError
 from ..models.loading import vocabulary_size
 from ..prompts import PromptRenderer, Template
+from ..ranks import Ranks
 from ..text import Example
 from .engine import Generation, GenerationEngine, GenerationSettings, OutputTokens
 from .generation import TransformersEngine
@@ -99,8 +100,11 @@ class Responder:
         make_record: MakeRecord,
         progress: Progress,
         title: str,
+        ranks: Ranks | None = None,
     ) -> list[Record]:
         """Records of all examples, in order; those that an earlier run wrote are kept.
+
+        With several processes the first one reads, writes and returns the records, and the others return none.
 
         Args:
             examples: their prompts are answered.
@@ -110,24 +114,32 @@ class Responder:
             make_record: turns a response into what is kept.
             progress: shows a bar for this file.
             title: of the bar.
+            ranks: the processes that share the batches.
         """
+        ranks = ranks or Ranks()
         prompts = self.prompts(examples)
-        records = file.load()
-        task = progress.add_task(title, total=len(examples), completed=len(records))
-        for indices in engine.batches([len(prompt) for prompt in prompts]):
-            if records.keys() >= set(indices):
-                continue
+        batches = engine.batches([len(prompt) for prompt in prompts])
+
+        def answer(place: int) -> list[Record]:
             # A batch that was torn is generated whole: the same batch gives the same rounding, hence the same text.
-            generations = engine.generate(prompts, indices=indices, seed=seed)
-            new = [
+            return [
                 {"index": generation.index}
                 | make_record(examples[generation.index], generation, self._text(generation))
-                for generation in generations
-                if generation.index not in records
+                for generation in engine.generate(prompts, indices=batches[place], seed=seed)
             ]
+
+        records = file.load() if ranks.is_first else {}
+        open_places = ranks.on_first(
+            lambda: [place for place, indices in enumerate(batches) if not records.keys() >= set(indices)]
+        )
+        task = progress.add_task(title, total=len(examples), completed=len(records))
+        for _, answers in ranks.spread(open_places, answer):
+            new = [record for record in answers if record["index"] not in records]
             file.append(new)
             records |= {record["index"]: record for record in new}
             progress.advance(task, len(new))
+        if not ranks.is_first:
+            return []
         file.finish(records)
         return [records[index] for index in range(len(examples))]
 
@@ -137,7 +149,7 @@ class Responder:
         return text
 
 
-def generation_progress() -> Progress:
-    """Bars with counts and the time that is left, on standard error."""
+def generation_progress(ranks: Ranks) -> Progress:
+    """Bars with counts and the time that is left, on the standard error of the first process."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(stderr=True), disable=not ranks.is_first)

@@ -53,7 +53,7 @@ class VllmModel:
         return cls(spec, dtype, model.config.get_text_config().vocab_size)
 
 
-def check_vllm(spec: ModelSpec) -> None:
+def check_vllm(spec: ModelSpec, *, num_processes: int = 1) -> None:
     """Refuse at once what would fail after the model has been loaded and the data read.
 
     Raises:
@@ -63,6 +63,8 @@ def check_vllm(spec: ModelSpec) -> None:
         raise UserError(
             "engine vllm needs the package vllm; install it (pip install 'vocabridge[vllm]') or use transformers."
         )
+    if num_processes > 1:
+        raise UserError("engine vllm batches in one process; start the command without a launcher.")
     checkpoint = find_checkpoint(spec.model)
     if checkpoint.gguf_file is not None:
         raise UserError(f"engine vllm does not read the GGUF file '{spec.model}'; use the transformers engine.")
