@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from plan_table import plan_table
+
 from vocabridge.objectives import objective_info, objective_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +67,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"objectives": objectives_table},
     "docs/papers.md": {"papers": papers_table},
     "docs/choosing.md": {"cost": cost_table},
+    "docs/scaling.md": {"plan": plan_table},
 }
 """Document -> name of the marks -> what stands between them."""
 

@@ -160,6 +160,41 @@ def validate(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks, one a device.")] = 1,
+    strategy: Annotated[
+        Literal["ddp", "fsdp2", "zero2"], typer.Option(help="Data parallelism: replicas, FSDP2, DeepSpeed's ZeRO-2.")
+    ] = "ddp",
+    device_memory: Annotated[
+        str | None,
+        typer.Option(help="Of each device: 80GB, 24GiB. Default: of this machine's GPU.", show_default=False),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the plan to this file, too.")] = None,
+) -> None:
+    """Tell what a recipe needs of memory and disk, and what to change first; reads no weights."""
+    from vocabridge.plan.recipe_plan import recipe_plan
+    from vocabridge.plan.sizes import accelerator_memory, parse_size
+    from vocabridge.plan.tables import plan_tables, verdict
+    from vocabridge.recipe import load_recipe
+
+    if json and not json.parent.is_dir():
+        raise UserError(f"--json {json}: the folder {json.parent} does not exist.")
+    size = parse_size(device_memory, option="--device-memory") if device_memory else accelerator_memory()
+    planned = recipe_plan(
+        load_recipe(recipe, overrides or []), strategy=strategy, world_size=world_size, device_memory=size
+    )
+    for table in plan_tables(planned):
+        Console().print(table)
+    for note in planned.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if json:
+        json.write_text(planned.to_json(), encoding="utf-8")
+    print(verdict(planned))
+
+
+@app.command()
 def objectives() -> None:
     """List the objectives that a recipe can name."""
     from vocabridge.objectives import objective_info, objective_names

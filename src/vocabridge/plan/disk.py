@@ -1,0 +1,79 @@
+"""What a run writes: checkpoints, the finished student, a teacher's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from peft import PeftModel
+from torch import nn
+
+from vocabridge.cache_teacher import teacher_rows
+from vocabridge.models.capture import trunk_shape
+from vocabridge.models.dtypes import dtype_name
+from vocabridge.models.loading import load_tokenizer
+from vocabridge.models.spec import CacheSpec
+from vocabridge.models.teacher_cache import CacheKey
+from vocabridge.models.teacher_capture import CaptureSize, capture_size
+from vocabridge.plan.models import PlannedModels
+from vocabridge.plan.optimizer_states import optimizer_state_bytes
+from vocabridge.plan.step import Part
+from vocabridge.recipe import Recipe
+from vocabridge.text import Example, read_examples
+
+
+def disk_parts(recipe: Recipe, models: PlannedModels) -> Iterator[Part]:
+    """Of the whole run, whatever the number of ranks: they write one checkpoint together."""
+    arguments = recipe.training.arguments()
+    learned = sum(value.nbytes for value in models.objective.state_dict().values())
+    if arguments.get("save_strategy", "steps") != "no":
+        checkpoint, basis = _student_bytes(models.student) + learned, "student, learned parts"
+        if not arguments.get("save_only_model"):
+            optim, optim_args = arguments.get("optim", "adamw_torch"), arguments.get("optim_args")
+            checkpoint += optimizer_state_bytes(models.trained, optim, optim_args)
+            basis += ", optimizer"
+        limit = arguments.get("save_total_limit")
+        kept = "all are kept: set training.save_total_limit" if limit is None else f"{limit} kept, 1 being written"
+        yield Part("checkpoint", checkpoint, f"each; {kept}")
+        if limit is not None:
+            yield Part("checkpoints together", checkpoint * (limit + 1), basis)
+    merged = sum(value.nbytes for value in models.student.parameters())
+    yield Part("finished student", merged + learned, "with learned parts")
+    if recipe.teacher is not None and recipe.teacher.cache is not None and (size := cache_size(recipe, models)):
+        yield Part("teacher cache", size.num_bytes, f"{size.rows:,} rows, {size.tokens:,} tokens")
+
+
+def cache_size(recipe: Recipe, models: PlannedModels) -> CaptureSize | None:
+    """Size of the teacher's cache for the recipe's data; None where these are not on this machine.
+
+    Raises:
+        UserError: the data or the tokenizer cannot be read.
+    """
+    assert recipe.teacher is not None
+    assert models.teacher is not None
+    sources = [*recipe.data.train, *recipe.data.validation]
+    if not all(Path(source.partition(":")[0]).exists() for source in sources):
+        return None
+    tokenizer = load_tokenizer(recipe.teacher)
+    examples = _examples(recipe.data.train, recipe.data.limit) + _examples(recipe.data.validation, None)
+    rows = teacher_rows(examples, tokenizer, recipe.teacher, max_length=recipe.data.max_length)
+    compute = dtype_name(models.teacher.dtype)
+    chosen = (recipe.teacher.cache or CacheSpec()).dtype
+    key = CacheKey(
+        teacher="",
+        compute_dtype=compute,
+        attention="",
+        hidden_size=trunk_shape(models.teacher).last_hidden_size,
+        storage_dtype=compute if chosen == "auto" else chosen,
+    )
+    return capture_size(list({row.key: row for row in rows}.values()), key)
+
+
+def _examples(sources: tuple[str, ...], limit: int | None) -> list[Example]:
+    return [example for source in sources for example in read_examples(source, limit=limit)][:limit]
+
+
+def _student_bytes(student: nn.Module) -> int:
+    """Of LoRA's adapters alone, which is what a checkpoint holds of them."""
+    saved = [value for value in student.parameters() if value.requires_grad or not isinstance(student, PeftModel)]
+    return sum(value.nbytes for value in saved)

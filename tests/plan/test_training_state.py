@@ -1,0 +1,143 @@
+"""Weights, gradients and optimizer states against a trainer that has taken a step, and shards against torch's."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from tiny_pair import ROWS, student_model, teacher_model
+from vocabridge.models.lora import add_lora
+from vocabridge.models.spec import LoraSpec
+from vocabridge.plan.models import planned_models
+from vocabridge.plan.optimizer_states import optimizer_state_bytes
+from vocabridge.plan.recipe_plan import device_parts
+from vocabridge.plan.training_state import (
+    Placement,
+    communication_bytes,
+    gradient_bytes,
+    optimizer_bytes,
+    weight_bytes,
+)
+from vocabridge.trainer import DistillationTrainer
+from vocabridge.training_arguments import DistillationConfig
+
+
+class _Gradients(TrainerCallback):
+    """Their bytes when all have been computed."""
+
+    num_bytes = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.num_bytes = sum(value.grad.nbytes for value in model.parameters() if value.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "has_lora"),
+    [
+        ("adamw_torch_fused", None, False),
+        ("adamw_torch", None, True),
+        ("adafactor", None, False),
+        ("sgd", None, False),
+        ("sgd", "momentum=0.9", False),
+    ],
+)
+def test_state_is_that_of_a_trainer(
+    optim: str,
+    optim_args: str | None,
+    has_lora: bool,
+    make_recipe: Any,
+    tmp_path: Path,
+    tiny_bpe_tokenizer: PreTrainedTokenizerFast,
+    tiny_sentencepiece_tokenizer: PreTrainedTokenizerFast,
+):
+    student: Any = student_model(tiny_bpe_tokenizer)
+    trainer = DistillationTrainer(
+        add_lora(student, LoraSpec(r=2)).train() if has_lora else student,
+        teacher_model(tiny_sentencepiece_tokenizer),
+        objective={"name": "dskd_cma", "gan": {"hidden_size": 16}},
+        args=DistillationConfig(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=4,
+            optim=optim,
+            optim_args=optim_args,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            diagnostics_steps=0,
+        ),
+        train_dataset=ROWS,
+        student_tokenizer=tiny_bpe_tokenizer,
+        teacher_tokenizer=tiny_sentencepiece_tokenizer,
+        callbacks=[gradients := _Gradients()],
+    )
+    trainer.train()
+    assert trainer.optimizer is not None
+    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    training = {"optim": optim} | ({"optim_args": optim_args} if optim_args else {})
+    recipe = make_recipe(training=training, student={"lora": {"r": 2}} if has_lora else {})
+    planned = {part.name: part.num_bytes for part in device_parts(recipe, planned_models(recipe), Placement())}
+
+    objective = trainer.objective_module
+    assert planned["student's weights"] == sum(value.nbytes for value in trainer.student.parameters())
+    held = [*objective.parameters(), *objective.buffers()]
+    assert planned["objective's weights"] == sum(value.nbytes for value in held)
+    assert trainer.teacher is not None
+    assert planned["teacher's weights"] == sum(value.nbytes for value in trainer.teacher.model.parameters())
+    assert gradients.num_bytes > 0
+    assert planned["gradients"] == gradients.num_bytes
+    assert planned.get("optimizer", 0) == sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
+    assert "communication" not in planned
+
+
+def test_fsdp2_has_the_first_piece_of_each_parameter(make_recipe: Any):
+    models = planned_models(make_recipe())
+    parameters = list(models.student.parameters())
+    placement = Placement("fsdp2", 3)
+    pieces = [value.detach().chunk(3)[0] for value in parameters]
+    assert weight_bytes(parameters, placement) == sum(value.nbytes for value in pieces)
+    assert gradient_bytes(parameters, placement) == sum(value.nbytes for value in pieces)
+    states = sum(2 * value.nbytes + 4 for value in pieces)  # both moments and the number of the step
+    assert optimizer_bytes(parameters, placement, optim="adamw_torch") == states
+
+    layer = sum(value.numel() for value in models.student.model.layers[0].parameters())
+    learned = sum(value.numel() for value in models.objective.parameters())
+    outside = sum(value.numel() for value in parameters) - 2 * layer + learned
+    found = communication_bytes(models, Placement("fsdp2", 3, half=True))
+    assert found == 2 * 2 * (outside + 2 * layer) + 4 * max(outside, layer)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_deepspeed_shards_and_keeps_float32(half: bool, make_recipe: Any):
+    models = planned_models(make_recipe())
+    trained = models.trained
+    number = sum(value.numel() for value in trained)
+    width = 2 if half else 4
+    shard = math.ceil(number / 4)
+    placement = Placement("zero2", 4, half=half)
+    assert weight_bytes(trained, placement) == width * number
+    assert gradient_bytes(trained, placement) == math.ceil(width * number / 4)
+    assert optimizer_bytes(trained, placement, optim="adamw_torch") == (8 + 4) * shard + 4
+    assert communication_bytes(models, placement) == width * number  # smaller than a bucket
+
+
+def test_buckets_of_ddp(make_recipe: Any):
+    models = planned_models(make_recipe())
+    assert communication_bytes(models, Placement("ddp", 1)) == 0
+    assert communication_bytes(models, Placement("ddp", 2)) == sum(4 * value.numel() for value in models.trained)
+
+
+def test_packed_optimizers():
+    matrix, small = torch.empty(1000, 1000, device="meta"), torch.empty(100, device="meta")
+    scales = 4 * math.ceil(1_000_000 / 256)
+    assert optimizer_state_bytes([matrix], "adamw_bnb_8bit") == 2 * (1_000_000 + scales)
+    assert optimizer_state_bytes([matrix], "adamw_torch_4bit") == 2 * (500_000 + scales)
+    assert optimizer_state_bytes([matrix, small], "paged_lion_8bit") == 1_000_000 + scales + 400
+    assert optimizer_state_bytes([small], "paged_adamw_32bit") == 800
+    assert optimizer_state_bytes([small], "rmsprop_bnb") == 400
+    assert optimizer_state_bytes([small], "ademamix") == 1200
