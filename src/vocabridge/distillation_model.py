@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from vocabridge.errors import UserError
 from vocabridge.losses.terms import LossTerm
-from vocabridge.models.capture import check_layers
+from vocabridge.models.capture import check_layers, decoder_layers
 from vocabridge.models.forward import SideForward, forward_side
+from vocabridge.models.heads import base_model
 from vocabridge.objectives.base import ForwardPair, Objective
 from vocabridge.pairs import PairBatch
 
@@ -50,6 +51,15 @@ class DistillationModel(nn.Module):
         """Delegates to the student, whatever options this release of transformers has."""
         self.student.activation_checkpointing_enable(**options)
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Accelerate makes each module of these classes a group of FSDP's: the student's layers."""
+        return sorted({type(layer).__name__ for layer in decoder_layers(base_model(self.student))})
+
+    def probe(self, batch: PairBatch, teacher_embedding: nn.Module) -> dict[str, float]:
+        """The objective's diagnostics on a batch; here, so that FSDP can make the parameters whole for it."""
+        return self.objective.probe(batch, self.student.get_input_embeddings(), teacher_embedding)
+
     def forward(
         self, batch: PairBatch, teacher: SideForward | None, step_counts: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -58,7 +68,8 @@ class DistillationModel(nn.Module):
         Args:
             batch: plain tensors of the collator.
             teacher: the teacher's packed supervised positions, or None.
-            step_counts: by unit, how many positions the whole optimizer step has over ranks and accumulation.
+            step_counts: by unit, how many positions the whole optimizer step has over ranks and accumulation, as
+                integers: mixed precision would round other numbers.
 
         Returns:
             The loss (a scalar; without auxiliary terms in eval mode) and, by name, ``[sum, count]`` pairs for the log,
@@ -77,7 +88,9 @@ class DistillationModel(nn.Module):
         )
         terms = self.objective(ForwardPair(student, teacher), batch)
         counted = [term for term in terms.values() if self.training or not term.is_auxiliary]
-        loss = torch.stack([term.weight * term.sum / step_counts[term.unit] for term in counted]).sum()
+        dtype = tally_dtype(student.labels.device)
+        counts = {unit: count.to(dtype) for unit, count in step_counts.items()}
+        loss = torch.stack([term.weight * term.sum / counts[term.unit] for term in counted]).sum()
         if not torch.isfinite(loss):
             raise NonFiniteLoss(_name_culprit(terms))
         return loss, _tally(terms)

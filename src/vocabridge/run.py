@@ -16,9 +16,11 @@ import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from vocabridge.cache_teacher import Processes, cache_teacher
+from vocabridge.checkpoint_files import check_whole, last_whole_checkpoint
+from vocabridge.checkpointing import METRICS_FILE
+from vocabridge.durable import write_in_one_piece
 from vocabridge.errors import UserError
 from vocabridge.evaluation.evaluate import evaluate_model
 from vocabridge.evaluation.results import EvaluationResult
@@ -27,11 +29,12 @@ from vocabridge.models.cached_teacher import CachedTeacher
 from vocabridge.models.loading import load_student, load_teacher, load_tokenizer
 from vocabridge.models.spec import ModelSpec
 from vocabridge.pairs import PairTokenizer, StreamingPairs
+from vocabridge.ranks import Ranks, launched_ranks
 from vocabridge.recipe import Recipe
 from vocabridge.run_record import write_run_record
-from vocabridge.saving import OBJECTIVE_FILE, load_parts, publish, save_student, staged_folder
+from vocabridge.saving import OBJECTIVE_FILE, load_parts, load_student_weights, publish, save_student, staged_folder
 from vocabridge.text import Example, iter_examples, read_examples
-from vocabridge.trainer import METRICS_FILE, DistillationTrainer
+from vocabridge.trainer import DistillationTrainer
 from vocabridge.training_arguments import DistillationConfig
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,8 @@ class RunResult:
     interrupted: bool
     """A signal stopped it after a checkpoint; ``--resume`` goes on from there."""
     steps: int
+    preempted: bool = False
+    """The signal was SIGTERM."""
     evaluation: EvaluationResult | None = None
     """Scores on the recipe's evaluation files, when it names any."""
 
@@ -65,45 +70,43 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
 
     Args:
         recipe: a validated recipe.
-        resume: go on from the last checkpoint in the run folder.
+        resume: go on from the last whole checkpoint in the run folder.
         overwrite: delete an existing run folder first.
 
     Raises:
-        UserError: the run folder is in use, or recipe, models and data do not fit together.
+        UserError: the run folder is in use or its checkpoints damaged, or recipe, models and data do not fit together.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came when training was over; ``resume`` goes on.
     """
+    with launched_ranks() as ranks:
+        return _distill(recipe, ranks, resume=resume, overwrite=overwrite)
+
+
+def _distill(recipe: Recipe, ranks: Ranks, *, resume: bool, overwrite: bool) -> RunResult:
     run_dir = Path(recipe.training.output_dir)
     arguments = _training_arguments(recipe)
-    if arguments.process_index == 0:
-        _check_folder(run_dir, recipe, resume=resume, overwrite=overwrite)
-    _wait_for_all(arguments)
+    ranks.on_first(lambda: _check_folder(run_dir, recipe, resume=resume, overwrite=overwrite))
+    # The first rank looks for all, for it reads the files from end to end.
+    checkpoint = ranks.on_first(lambda: last_whole_checkpoint(run_dir)) if resume else None
     set_seed(arguments.seed)  # LoRA and projectors start at random, before the trainer sets its own seed
-    trainer = _build_trainer(recipe, arguments)
+    trainer = _build_trainer(recipe, arguments, ranks)
     trainer.check_models()
+    ranks.wait()
     # Only now, when nothing in the recipe can be wrong any more, is the folder emptied or written to.
-    if arguments.process_index == 0:
-        if overwrite:
-            shutil.rmtree(run_dir, ignore_errors=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        partial = run_dir / f"{_RECIPE_FILE}.tmp"
-        partial.write_text(recipe.resolved_yaml(), encoding="utf-8")
-        partial.replace(run_dir / _RECIPE_FILE)
-        write_run_record(run_dir, seed=arguments.seed, objective=recipe.objective.name)
-    checkpoint = get_last_checkpoint(str(run_dir)) if resume else None
-    if checkpoint is None and arguments.process_index == 0:
-        # Of a run that was killed before its first checkpoint: its steps are about to be trained again.
-        (run_dir / METRICS_FILE).unlink(missing_ok=True)
-    trained = _train(trainer, checkpoint)
+    ranks.on_first(
+        lambda: _claim(run_dir, recipe, seed=arguments.seed, overwrite=overwrite, is_fresh=checkpoint is None)
+    )
+    trained = _train(trainer, None if checkpoint is None else str(checkpoint))
     steps = trainer.state.global_step
     if trainer.interrupt.interrupted:
-        return RunResult(run_dir, interrupted=True, steps=steps)
+        return RunResult(run_dir, interrupted=True, preempted=trainer.interrupt.preempted, steps=steps)
     _save_final(trainer, run_dir, recipe)
+    trainer.interrupt.raise_late()
     del trainer  # its models and optimizer would crowd the evaluation out of memory
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    evaluation = None
-    if recipe.evaluation is not None and arguments.process_index == 0:
-        evaluation = _evaluate(recipe, run_dir, overwrite=trained)
+    ranks.wait()  # the first one has the rest of the run folder to write
+    evaluation = None if recipe.evaluation is None else _evaluate(recipe, run_dir, overwrite=trained, ranks=ranks)
     return RunResult(run_dir, interrupted=False, steps=steps, evaluation=evaluation)
 
 
@@ -117,11 +120,57 @@ def _train(trainer: DistillationTrainer, checkpoint: str | None) -> bool:
         same_length = trainer.args.max_steps > 0 or state.num_train_epochs == trainer.args.num_train_epochs
         last_step = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
         if same_length and state.global_step >= last_step:
-            load_parts(trainer.student, trainer.objective_module, Path(checkpoint))
+            load_parts(trainer.student, trainer.objective_module, _final_weights(trainer, state, Path(checkpoint)))
             trainer.state = state
             return False
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "a process that prepares batches has died, perhaps for want of memory; the checkpoints are whole, so go on "
+            "with --resume, and with fewer training.dataloader_num_workers."
+        ) from error
     return True
+
+
+def _final_weights(trainer: DistillationTrainer, state: TrainerState, last: Path) -> Path:
+    """The checkpoint whose weights a finished run ends with: the last one, unless the best one is asked for."""
+    best = last.with_name(f"checkpoint-{state.best_global_step}")
+    if not trainer.args.load_best_model_at_end or not best.is_dir():
+        return last
+    check_whole(best)
+    return best
+
+
+def _claim(run_dir: Path, recipe: Recipe, *, seed: int, overwrite: bool, is_fresh: bool) -> None:
+    """Write into the folder whose it is, before anything else is in it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        if overwrite:
+            _empty(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_in_one_piece(run_dir / _RECIPE_FILE, recipe.resolved_yaml())
+        write_run_record(run_dir, seed=seed, objective=recipe.objective.name)
+        if is_fresh:  # of a run that was killed before its first checkpoint: its steps are about to be trained again
+            (run_dir / METRICS_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"training.output_dir: {run_dir} cannot be written ({error.strerror}); mend that or name another folder."
+        ) from error
+
+
+def _empty(run_dir: Path) -> None:
+    """Delete what is in a run folder, its recipe last: a kill must not leave checkpoints that are anybody's."""
+    for path in sorted(run_dir.iterdir() if run_dir.is_dir() else (), key=lambda path: path.name in _RUN_FILES):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_teacher_cache(recipe: Recipe) -> CachedTeacher:
@@ -132,8 +181,10 @@ def write_teacher_cache(recipe: Recipe) -> CachedTeacher:
     """
     if recipe.teacher is None:
         raise UserError("the recipe has no 'teacher' section, so there is nothing to cache.")
-    arguments = _training_arguments(recipe)
-    return _cached_teacher(recipe.teacher, _all_examples(recipe), arguments, load_tokenizer(recipe.teacher))
+    with launched_ranks() as ranks:
+        arguments = _training_arguments(recipe)
+        tokenizer = load_tokenizer(recipe.teacher)
+        return _cached_teacher(recipe.teacher, _all_examples(recipe), arguments, tokenizer, ranks)
 
 
 def _all_examples(recipe: Recipe) -> list[Example]:
@@ -145,13 +196,9 @@ def _cached_teacher(
     examples: list[Example],
     arguments: DistillationConfig,
     tokenizer: PreTrainedTokenizerBase | None,
+    ranks: Ranks,
 ) -> CachedTeacher:
-    processes = Processes(
-        rank=arguments.process_index,
-        world_size=arguments.world_size,
-        wait=lambda: _wait_for_all(arguments),
-        device=arguments.device,
-    )
+    processes = Processes(rank=ranks.rank, world_size=ranks.world_size, wait=ranks.wait, device=arguments.device)
     return cache_teacher(
         teacher,
         examples,
@@ -160,11 +207,6 @@ def _cached_teacher(
         processes=processes,
         progress=not arguments.disable_tqdm,
     )
-
-
-def _wait_for_all(arguments: DistillationConfig) -> None:
-    if arguments.world_size > 1:
-        torch.distributed.barrier()
 
 
 def _check_folder(run_dir: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -220,7 +262,7 @@ def _training_arguments(recipe: Recipe) -> DistillationConfig:
         raise UserError(f"training: {error}") from error
 
 
-def _build_trainer(recipe: Recipe, arguments: DistillationConfig) -> DistillationTrainer:
+def _build_trainer(recipe: Recipe, arguments: DistillationConfig, ranks: Ranks) -> DistillationTrainer:
     # Data first: a mistake in it should show before the models have been read.
     training_examples = None if recipe.data.streaming else _read(recipe.data.train, recipe.data.limit)
     validation_examples = _read(recipe.data.validation, None) if recipe.data.validation else None
@@ -230,7 +272,7 @@ def _build_trainer(recipe: Recipe, arguments: DistillationConfig) -> Distillatio
     teacher: PreTrainedModel | CachedTeacher | None = None
     if recipe.teacher is not None and recipe.teacher.cache is not None:
         examples = (training_examples or []) + (validation_examples or [])
-        teacher = _cached_teacher(recipe.teacher, examples, arguments, teacher_tokenizer)
+        teacher = _cached_teacher(recipe.teacher, examples, arguments, teacher_tokenizer, ranks)
     elif recipe.teacher is not None:
         teacher = load_teacher(recipe.teacher)
     return DistillationTrainer(
@@ -280,13 +322,16 @@ def _save_final(trainer: DistillationTrainer, run_dir: Path, recipe: Recipe) -> 
     trainer.save_state()
     student = trainer.student
     if isinstance(student, PeftModel) and trainer.is_world_process_zero():
+        if trainer.is_engine_sharded:  # this rank has only its pieces in memory, and all of them in the run folder
+            student = load_student(recipe.student)
+            load_student_weights(student, run_dir)
         with staged_folder(run_dir) as staging:
             student.save_pretrained(str(staging / "adapter"))
             save_student(student.merge_and_unload(safe_merge=True), staging)
+            # At no moment may both be there: from_pretrained would put the adapter on top of weights that contain it.
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                (run_dir / name).unlink(missing_ok=True)
             publish(staging, run_dir)
-        # Otherwise from_pretrained would put the adapter on top of the weights that already contain it.
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (run_dir / name).unlink(missing_ok=True)
     if trainer.is_world_process_zero():
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         write_model_card(
@@ -299,9 +344,13 @@ def _save_final(trainer: DistillationTrainer, run_dir: Path, recipe: Recipe) -> 
         )
 
 
-def _evaluate(recipe: Recipe, run_dir: Path, *, overwrite: bool) -> EvaluationResult:
+def _evaluate(recipe: Recipe, run_dir: Path, *, overwrite: bool, ranks: Ranks) -> EvaluationResult | None:
     settings = recipe.evaluation
     assert settings is not None
+    if settings.engine == "vllm":  # which generates in one process
+        if not ranks.is_first:
+            return None
+        ranks = Ranks()
     changes = {"model": str(run_dir), "dtype": settings.dtype, "lora": None, "tokenizer": None, "revision": None}
     spec = recipe.student.model_copy(update=changes)
     return evaluate_model(
@@ -317,4 +366,5 @@ def _evaluate(recipe: Recipe, run_dir: Path, *, overwrite: bool) -> EvaluationRe
         in_domain=list(settings.in_domain) or None,
         overwrite=overwrite,
         engine=settings.engine,
+        ranks=ranks,
     )

@@ -7,21 +7,26 @@ beside it in ``objective.safetensors``.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
+import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vocabridge.checkpoint_files import is_checkpoint, seal
+from vocabridge.durable import sync_folder, sync_tree
 from vocabridge.errors import UserError
 from vocabridge.objectives.base import Objective
 
 OBJECTIVE_FILE = "objective.safetensors"
-_STAGING = ".saving"
+ADAPTER_FILE = "adapter_model.safetensors"
+STAGING = ".saving"
 
 
 @contextmanager
@@ -31,7 +36,7 @@ def staged_folder(run_dir: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or the folder cannot be written; what was in ``run_dir`` before is untouched.
     """
-    staging = run_dir / _STAGING
+    staging = run_dir / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
@@ -49,19 +54,37 @@ def staged_folder(run_dir: Path) -> Iterator[Path]:
 
 
 def publish(staging: Path, target_dir: Path) -> None:
-    """Move everything in ``staging`` into ``target_dir``; each file or folder appears whole, by rename."""
+    """Move everything in ``staging`` into ``target_dir``; each file or folder appears whole, by rename.
+
+    Everything is on the disk before it gets its name, and a checkpoint has the record that says it is whole.
+    """
     target_dir.mkdir(parents=True, exist_ok=True)
-    for path in sorted(staging.iterdir()):
+    ready = sorted(staging.iterdir())
+    for path in ready:
+        if is_checkpoint(path):
+            seal(path)
+        sync_tree(path)
+    for path in ready:
         target = target_dir / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
+        if target.is_dir():  # deleted with the staging folder, when the new one is in its place
+            target.rename(staging / f"{path.name}.replaced")
         path.replace(target)
+    sync_folder(target_dir)
 
 
 def save_parts(
     student: PreTrainedModel, objective: Objective, folder: Path, state_dict: dict[str, Tensor] | None
 ) -> None:
-    """Write student and objective into ``folder``; ``state_dict`` is the gathered one of a sharded model."""
+    """Write student and objective into ``folder``; ``state_dict`` is the gathered one of a sharded model.
+
+    Raises:
+        UserError: a weight is not finite; nothing is written.
+    """
+    if state_dict is None:
+        named = chain(student.named_parameters(), objective.named_parameters())
+        _refuse_non_finite((name, parameter) for name, parameter in named if parameter.requires_grad)
+    else:
+        _refuse_non_finite(state_dict.items())
     student_state = _part(state_dict, "student.") if state_dict is not None else None
     objective_state = _part(state_dict, "objective.") if state_dict is not None else objective.state_dict()
     save_student(student, folder, student_state)
@@ -86,12 +109,27 @@ def load_parts(student: PreTrainedModel, objective: Objective, folder: Path) -> 
     Raises:
         UserError: the folder lacks a part or was written by another objective.
     """
-    if isinstance(student, PeftModel):
-        set_peft_model_state_dict(student, load_file(_existing(folder / "adapter_model.safetensors")))
-    else:
-        saved = type(student).from_pretrained(str(folder), dtype=student.dtype, use_safetensors=True)
-        student.load_state_dict(saved.state_dict())
+    load_student_weights(student, folder)
     load_objective(objective, folder)
+
+
+def load_student_weights(student: PreTrainedModel, folder: Path) -> None:
+    """Read back what :func:`save_student` wrote: all weights, or those of an adapter.
+
+    Raises:
+        UserError: the folder lacks them.
+    """
+    if isinstance(student, PeftModel):
+        set_peft_model_state_dict(student, load_file(existing(folder / ADAPTER_FILE)))
+    else:
+        student.load_state_dict(student_state(student, folder))
+
+
+def student_state(student: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """A checkpoint's weights in the student's dtype, under the names that they have in memory."""
+    saved = type(student).from_pretrained(str(folder), dtype=student.dtype, use_safetensors=True)
+    state: dict[str, Tensor] = saved.state_dict()
+    return state
 
 
 def load_objective(objective: Objective, folder: Path) -> None:
@@ -100,23 +138,48 @@ def load_objective(objective: Objective, folder: Path) -> None:
     Raises:
         UserError: the folder lacks them or they were written by another objective.
     """
+    if state := objective_state(objective, folder):
+        objective.load_state_dict(state)
+
+
+def objective_state(objective: Objective, folder: Path) -> dict[str, Tensor]:
+    """The learned parts that a checkpoint has for this objective; empty when it learns nothing.
+
+    Raises:
+        UserError: the folder lacks them or they were written by another objective.
+    """
     expected = objective.state_dict()
     if not expected:
-        return
-    tensors = load_file(_existing(folder / OBJECTIVE_FILE))
+        return {}
+    tensors = load_file(existing(folder / OBJECTIVE_FILE))
     if {name: value.shape for name, value in tensors.items()} != {name: v.shape for name, v in expected.items()}:
         raise UserError(
             f"{folder / OBJECTIVE_FILE}: its parts do not fit this recipe's objective; resume with the recipe that "
             "wrote the checkpoint (recipe.yaml in the run folder)."
         )
-    objective.load_state_dict(tensors)
+    return tensors
+
+
+def _refuse_non_finite(weights: Iterable[tuple[str, Tensor]]) -> None:
+    """A gradient may overflow where the loss does not; the next loss would tell, but a save may come first."""
+    for name, value in weights:
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(
+                f"the weights of '{name}' are not finite, so they are not saved; resume from the last checkpoint with "
+                "a lower learning rate, or in float32 or bfloat16 instead of float16."
+            )
 
 
 def _part(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """The path itself.
+
+    Raises:
+        UserError: there is no such file.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing, so this checkpoint cannot be resumed; pick another one or start anew.")
     return path

@@ -6,18 +6,21 @@ import json
 import math
 import random
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from vocabridge.assembly import EndlessPairs, as_pairs, build_objective, refuse_own_folder, resolve_model
-from vocabridge.batching import LengthGroupingTrainer, check_batches
+from vocabridge.batching import check_batches
+from vocabridge.checkpointing import METRICS_FILE, CheckpointingTrainer
 from vocabridge.compilation import compile_trunks, take_over_compilation
 from vocabridge.diagnostics import DiagnosticsCallback
 from vocabridge.distillation_model import DistillationModel, tally_dtype
@@ -37,15 +40,13 @@ from vocabridge.pairs import (
     StreamingPairs,
     pad_token_id,
 )
-from vocabridge.saving import load_parts, publish, save_parts, staged_folder
+from vocabridge.sharding import fsdp_plugin, gather_for, start_alike, use_fsdp
 from vocabridge.training_arguments import DistillationConfig
 
 __all__ = ["DistillationConfig", "DistillationTrainer"]
 
-METRICS_FILE = "metrics.jsonl"
 
-
-class DistillationTrainer(LengthGroupingTrainer):
+class DistillationTrainer(CheckpointingTrainer):
     """Distils ``teacher`` into ``student`` by an objective, on prompt-response rows.
 
     Args:
@@ -143,20 +144,12 @@ class DistillationTrainer(LengthGroupingTrainer):
         if args.diagnostics_steps:
             self.add_callback(DiagnosticsCallback(self.measure_distributions, self.log))
 
-    @property
-    def distillation_model(self) -> DistillationModel:
-        """The unwrapped module that is trained."""
-        return cast(DistillationModel, self.accelerator.unwrap_model(self.model))
-
-    @property
-    def student(self) -> PreTrainedModel:
-        """The student."""
-        return self.distillation_model.student
-
-    @property
-    def objective_module(self) -> Objective:
-        """The objective with its learned parts (``Trainer.objective`` is something else: the sweep's metric)."""
-        return self.distillation_model.objective
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in ``transformers``; FSDP also on a CPU, and without rounding at the root."""
+        super().create_accelerator_and_postprocess()
+        if (plugin := fsdp_plugin(self.args)) is not None:
+            use_fsdp(self.accelerator, plugin)
+            self.is_fsdp_enabled = True
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -168,6 +161,8 @@ class DistillationTrainer(LengthGroupingTrainer):
     ) -> Any:
         """As ``transformers.Trainer.train``, after the start-up check of both heads on one batch."""
         self.check_models()
+        if isinstance(resume_from_checkpoint, str):
+            self.check_engine_of(Path(resume_from_checkpoint))
         if self.args.torch_compile:  # not before the check, whose few small batches would each be compiled
             teacher = self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
             compile_trunks([self.student, teacher], str(self.args.torch_compile_backend), self.args.torch_compile_mode)
@@ -176,6 +171,14 @@ class DistillationTrainer(LengthGroupingTrainer):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.interrupt.restore()
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self.is_fsdp_enabled and not self.is_engine_running:
+            start_alike(self.distillation_model, self.args.device)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            gather_for(self.distillation_model, "probe")
+        return prepared
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Named groups: student, projectors, discriminator, each with and without weight decay.
@@ -234,13 +237,17 @@ class DistillationTrainer(LengthGroupingTrainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clips the discriminator on its own: its gradient, at full rate, must not shrink the student's."""
         discriminator = self.objective_module.parameter_groups().get("discriminator", [])
-        if not discriminator or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if not discriminator or self.is_deepspeed_enabled:  # DeepSpeed clips all together inside its step
             return super()._clip_grad_norm(model)
         own = {id(parameter) for parameter in discriminator}
         others = [parameter for parameter in model.parameters() if id(parameter) not in own]
         norm = self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm)  # also unscales all under fp16
         nn.utils.clip_grad_norm_(discriminator, self.args.max_grad_norm)
         return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: Any) -> Any:
         """After an interruption the run goes on from the newest checkpoint: nothing may delete or replace it."""
@@ -260,7 +267,7 @@ class DistillationTrainer(LengthGroupingTrainer):
         counts = torch.stack([_count_supervised(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
-        student, teacher = counts.clamp(min=1).to(tally_dtype(device)).unbind()
+        student, teacher = counts.clamp(min=1).unbind()
         return {"student_tokens": student, "teacher_tokens": teacher}
 
     def compute_loss(
@@ -275,12 +282,20 @@ class DistillationTrainer(LengthGroupingTrainer):
         objective.set_step(self.state.global_step)
         objective.record_gradients(self._logs_next())
         teacher = self.teacher(inputs) if self.teacher is not None else None
-        loss, tally = model(batch=inputs, teacher=teacher, step_counts=num_items_in_batch)
+        with self._autocast():
+            loss, tally = model(batch=inputs, teacher=teacher, step_counts=num_items_in_batch)
         for name, pair in tally.items():
             self._tally[name] = self._tally[name] + pair if name in self._tally else pair
         # Data parallelism averages gradients over ranks; ours are already shares of the step-wide sum.
         loss = loss.float() * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        """Mixed precision, as asked for; under DeepSpeed the weights themselves are in its type."""
+        if not self.is_deepspeed_enabled:
+            return self.accelerator.autocast()
+        dtype = self.student.dtype
+        return torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32)
 
     def _logs_next(self) -> bool:
         every = int(self.state.logging_steps or 0)
@@ -300,25 +315,29 @@ class DistillationTrainer(LengthGroupingTrainer):
                 stream.write(json.dumps(self.state.log_history[-1]) + "\n")
 
     def _drain(self, tally: Mapping[str, Tensor]) -> dict[str, float]:
-        if not tally:
-            return {}
-        stacked = torch.stack([tally[name] for name in sorted(tally)])
+        """Averages over all ranks, by name; a rank without a batch (of few evaluation rows) has no names."""
+        names = sorted(tally)
+        sums = torch.stack([tally[name] for name in names]).tolist() if names else []
+        of_ranks = [dict(zip(names, sums, strict=True))]
         if self.args.world_size > 1:
-            stacked = self.accelerator.reduce(stacked, "sum")
-        values = (stacked[:, 0] / stacked[:, 1].clamp(min=1e-12)).tolist()
-        return dict(zip(sorted(tally), values, strict=True))
+            of_ranks *= self.args.world_size
+            torch.distributed.all_gather_object(of_ranks, of_ranks[0])
+        totals: dict[str, list[float]] = {}
+        for ratios in of_ranks:
+            for name, pair in ratios.items():
+                totals[name] = [a + b for a, b in zip(totals.get(name, (0.0, 0.0)), pair, strict=True)]
+        return {name: total / max(count, 1e-12) for name, (total, count) in sorted(totals.items())}
 
     def measure_distributions(self) -> dict[str, float]:
         """The objective's diagnostics on the fixed probe set, named ``probe/<name>`` (empty when it has none)."""
-        if self.teacher is None or self.train_dataset is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.teacher is None or self.train_dataset is None:
             return {}
         batch = self._probe()
-        student_embedding = self.student.get_input_embeddings()
-        teacher_embedding = self.teacher.embedding
         was_training = self.objective_module.training
         self.objective_module.eval()
         try:
-            report = self.objective_module.probe(batch, student_embedding, teacher_embedding)
+            with self._autocast() if self.is_engine_sharded else nullcontext():
+                report = self.distillation_model.probe(batch, self.teacher.embedding)
         finally:
             self.objective_module.train(was_training)
         return {f"probe/{name}": value for name, value in report.items() if math.isfinite(value)}
@@ -340,6 +359,11 @@ class DistillationTrainer(LengthGroupingTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """As ``transformers.Trainer.evaluate``; rows and files are tokenized first."""
+        if self.is_engine_sharded and not self.is_engine_running:
+            raise UserError(
+                "FSDP and DeepSpeed take the model over when training starts, so it cannot be evaluated before; set "
+                "training.eval_on_start: true."
+            )
         given = as_pairs(eval_dataset, self.pair_tokenizer)
         return super().evaluate(cast(Any, given), ignore_keys, metric_key_prefix)
 
@@ -354,8 +378,7 @@ class DistillationTrainer(LengthGroupingTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Averages every term over all supervised student positions of the data set, exactly (not over batches)."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        model = cast(nn.Module, self.model_wrapped if sharded else self.model)
+        model = cast(nn.Module, self.model_wrapped if self.is_engine_sharded else self.model)
         model.eval()
         tally: dict[str, Tensor] = {}
         num_samples = 0
@@ -372,96 +395,14 @@ class DistillationTrainer(LengthGroupingTrainer):
     def _evaluate_batch(self, model: nn.Module, batch: PairBatch) -> dict[str, Tensor]:
         self.objective_module.record_gradients(False)
         device = batch["labels"].device
-        counts = _count_supervised(batch).to(device=device, dtype=tally_dtype(device))
-        student, teacher = counts.clamp(min=1).unbind()
+        student, teacher = _count_supervised(batch).to(device).clamp(min=1).unbind()
         signal = self.teacher(batch) if self.teacher is not None else None
-        with self.accelerator.autocast():
+        with self._autocast():
             loss, tally = model(
                 batch=batch, teacher=signal, step_counts={"student_tokens": student, "teacher_tokens": teacher}
             )
-        return tally | {"loss": torch.stack([loss.to(student.dtype) * student, student])}
-
-    # --- checkpoints --------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Written aside, then renamed into place: a kill or a full disk never leaves a torn checkpoint."""
-        run_dir = Path(super()._get_output_dir(trial))
-        if self.args.world_size > 1:
-            super()._save_checkpoint(model, trial)
-            return
-        with staged_folder(run_dir) as staging:
-            self._staging = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            self._leave_staging(staging, run_dir)
-            publish(staging, run_dir)
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
-
-    _staging: Path | None = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-    def _leave_staging(self, staging: Path, run_dir: Path) -> None:
-        """The state inside the checkpoint must name the best checkpoint where it will be, not where it was made."""
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == staging:
-            self.state.best_model_checkpoint = str(run_dir / Path(best).name)
-        elif best is None and self.state.best_global_step:
-            candidate = run_dir / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(candidate) if candidate.exists() else None
-        for folder in staging.glob("checkpoint-*"):
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Student as a Hugging Face checkpoint, learned parts and tokenizer beside it; no pickled arguments."""
-        folder = Path(str(output_dir or self.args.output_dir))
-        if not self.args.should_save:
-            return
-        if self._staging is None and self.args.world_size == 1:
-            with staged_folder(folder) as staging:
-                self._write_parts(staging, state_dict)
-                publish(staging, folder)
-        else:
-            self._write_parts(folder, state_dict)
-
-    def _write_parts(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_parts(self.student, self.objective_module, folder, state_dict)
-        self.student_tokenizer.save_pretrained(str(folder))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_parts(self.student, self.objective_module, Path(resume_from_checkpoint))
-        if self.is_world_process_zero():
-            self._rewind_metrics(Path(resume_from_checkpoint))
-
-    def _rewind_metrics(self, checkpoint: Path) -> None:
-        """Drop the lines of steps that are about to be trained again, so that every step stands once in the file."""
-        path = Path(str(self.args.output_dir)) / METRICS_FILE
-        if not path.is_file() or not (checkpoint / "trainer_state.json").is_file():
-            return
-        step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-        complete = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in complete if json.loads(line)["step"] <= step and "train_runtime" not in line]
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        elif self.state.best_model_checkpoint is not None:
-            load_parts(self.student, self.objective_module, Path(self.state.best_model_checkpoint))
+        count = student.to(tally_dtype(device))
+        return tally | {"loss": torch.stack([loss.to(count.dtype) * count, count])}
 
     # --- start-up -----------------------------------------------------------------------------------------------------
 
@@ -471,20 +412,25 @@ class DistillationTrainer(LengthGroupingTrainer):
     def check_models(self) -> None:
         """Compare both heads with the models' own logits on one row, once; nothing has been written by then.
 
+        FSDP and DeepSpeed take the student over later: until then it is whole and on the CPU, where the first rank
+        checks it.
+
         Raises:
             UserError: a model computes its logits in a way we do not know, or they are not finite.
         """
-        if self._checked or self.train_dataset is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._checked or self.train_dataset is None:
             return
         self._checked = True
         batch = self._collate(self._first_pairs(1))
-        check_head(
-            self.student,
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch["labels"],
-            vocab_size=self.distillation_model.vocab_size,
-        )
+        if not self.is_engine_sharded or self.is_world_process_zero():
+            device = self.student.device
+            check_head(
+                self.student,
+                batch["input_ids"].to(device),
+                batch["attention_mask"].to(device),
+                batch["labels"].to(device),
+                vocab_size=self.distillation_model.vocab_size,
+            )
         if self.teacher is not None:
             self.teacher.check(batch)
 

@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from vocabridge.compilation import check_compilation
 from vocabridge.errors import UserError
 from vocabridge.prompts import Template
+from vocabridge.sharding import check_engine
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class DistillationConfig(TrainingArguments):
         if unused:
             raise UserError(f"training: {', '.join(unused)} cannot be used with distillation losses; leave it out.")
         self._check_batching()
+        check_engine(self)
         if self.torch_compile:
             check_compilation(str(self.torch_compile_backend), self.torch_compile_mode, self.device)
         for name in ("projector_learning_rate", "discriminator_learning_rate"):

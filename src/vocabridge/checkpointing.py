@@ -1,0 +1,243 @@
+"""How a trainer writes and reads checkpoints: whole or not at all, on any number of processes, under any engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import save_fsdp_optimizer
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
+
+from vocabridge.checkpoint_files import retire
+from vocabridge.distillation_model import DistillationModel
+from vocabridge.errors import UserError
+from vocabridge.objectives.base import Objective
+from vocabridge.resuming import ResumableTrainer
+from vocabridge.saving import STAGING, load_parts, publish, save_parts, staged_folder
+from vocabridge.sharded_state import (
+    SHARDED_OPTIMIZER,
+    WHOLE_OPTIMIZER,
+    gather_weights,
+    load_sharded_optimizer,
+    load_weights,
+    shard_optimizer,
+)
+from vocabridge.sharding import is_sharded
+
+METRICS_FILE = "metrics.jsonl"
+_DEEPSPEED_FILE = "latest"
+
+
+class CheckpointingTrainer(ResumableTrainer):
+    """A trainer of a :class:`DistillationModel` that saves students a user can load, beside what a resumption needs."""
+
+    student_tokenizer: PreTrainedTokenizerBase
+    _staging: Path | None = None
+    _failure: Exception | None = None
+
+    @property
+    def distillation_model(self) -> DistillationModel:
+        """The unwrapped module that is trained."""
+        return cast(DistillationModel, self.accelerator.unwrap_model(self.model))
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The student."""
+        return self.distillation_model.student
+
+    @property
+    def objective_module(self) -> Objective:
+        """The objective with its learned parts (``Trainer.objective`` is something else: the sweep's metric)."""
+        return self.distillation_model.objective
+
+    @property
+    def is_engine_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed trains, so that not every rank has all that it would need to run alone."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    @property
+    def is_engine_running(self) -> bool:
+        """Whether FSDP or DeepSpeed has taken the model over already, which they do when training starts."""
+        return is_sharded(cast(nn.Module, self.model)) if self.is_fsdp_enabled else self.deepspeed is not None
+
+    # --- write --------------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ``transformers.Trainer.save_model``, but whole under every engine."""
+        if self.is_engine_sharded and not self.is_engine_running:
+            self._save(output_dir)
+        elif self.is_fsdp_enabled:
+            keep = self.args.should_save
+            self._save(output_dir, gather_weights(self.distillation_model, device=self.args.device, keep=keep))
+        else:
+            super().save_model(output_dir, _internal_call)
+            return
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Student as a Hugging Face checkpoint, learned parts and tokenizer beside it; no pickled arguments."""
+        folder = Path(str(output_dir or self.args.output_dir))
+        if not self.args.should_save:
+            return
+        if self._staging is None:
+            with staged_folder(folder) as staging:
+                self._write_parts(staging, state_dict)
+                publish(staging, folder)
+            return
+        try:
+            self._write_parts(folder, state_dict)
+        except (OSError, SafetensorError, UserError) as error:
+            # Other ranks go on to steps that need this one; the failure is told when all are done.
+            self._failure = error
+
+    def _write_parts(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_parts(self.student, self.objective_module, folder, state_dict)
+        self.student_tokenizer.save_pretrained(str(folder))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Written aside by all ranks, then renamed by the first: a kill or a full disk leaves no torn checkpoint."""
+        run_dir = Path(super()._get_output_dir(trial))
+        staging = run_dir / STAGING
+        with ExitStack() as stack:
+            first = self.args.should_save
+            on_all_ranks(self.args, lambda: stack.enter_context(staged_folder(run_dir)) if first else None)
+            on_all_ranks(self.args, lambda: self._write_checkpoint(staging, model, trial))
+            on_all_ranks(self.args, lambda: self._publish_checkpoint(staging, run_dir))
+
+    def _write_checkpoint(self, staging: Path, model: nn.Module, trial: Any) -> None:
+        self._staging, self._failure = staging, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        if self._failure is not None:
+            raise self._failure
+
+    def _publish_checkpoint(self, staging: Path, run_dir: Path) -> None:
+        self._leave_staging(staging, run_dir)
+        if self.args.should_save:
+            publish(staging, run_dir)
+            retire(
+                run_dir,
+                staging,
+                newest=f"checkpoint-{self.state.global_step}",
+                limit=self.args.save_total_limit,
+                best=self.state.best_model_checkpoint,
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _leave_staging(self, staging: Path, run_dir: Path) -> None:
+        """The state inside the checkpoint must name the best checkpoint where it will be, not where it was made."""
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == staging:
+            self.state.best_model_checkpoint = str(run_dir / Path(best).name)
+        elif best is None and self.state.best_global_step:
+            candidate = run_dir / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(candidate) if candidate.exists() else None
+        if self.args.should_save:
+            for folder in staging.glob("checkpoint-*"):
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP the optimizer's pieces only: the weights are saved whole already."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(cast(LRScheduler, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    # --- read ---------------------------------------------------------------------------------------------------------
+
+    def check_engine_of(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint whose optimizer state this run's engine cannot read.
+
+        Raises:
+            UserError: DeepSpeed wrote it and does not train now, or the reverse.
+        """
+        by_deepspeed = (checkpoint / _DEEPSPEED_FILE).is_file()
+        if by_deepspeed != bool(self.is_deepspeed_enabled):
+            raise UserError(
+                f"{checkpoint} was written {'under' if by_deepspeed else 'without'} DeepSpeed, and its optimizer state "
+                "cannot be read otherwise; resume with the launcher config that started the run, or start a new run "
+                "with this folder as student.model."
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Weights; before the model is wrapped, but after it is sharded."""
+        self._load_weights(Path(resume_from_checkpoint))
+
+    def _load_weights(self, folder: Path) -> None:
+        if self.is_fsdp_enabled:
+            load_weights(self.distillation_model, folder)
+        else:
+            load_parts(self.student, self.objective_module, folder)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            self._load_weights(Path(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """From whichever form of the optimizer's state the checkpoint has."""
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if self.is_world_process_zero():
+            self._rewind_metrics(folder)
+        optimizer = cast(torch.optim.Optimizer, self.optimizer)
+        if (folder / SHARDED_OPTIMIZER).is_dir():
+            load_sharded_optimizer(self.distillation_model, optimizer, folder)
+        elif self.is_fsdp_enabled and (folder / WHOLE_OPTIMIZER).is_file():
+            shard_optimizer(self.distillation_model, optimizer, folder)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+        cast(LRScheduler, self.lr_scheduler).load_state_dict(schedule)
+
+    def _rewind_metrics(self, checkpoint: Path) -> None:
+        """Drop the lines of steps that are about to be trained again, so that every step stands once in the file."""
+        path = Path(str(self.args.output_dir)) / METRICS_FILE
+        if not path.is_file() or not (checkpoint / "trainer_state.json").is_file():
+            return
+        step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        complete = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in complete if json.loads(line)["step"] <= step and "train_runtime" not in line]
+        partial = path.with_suffix(".tmp")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
+
+
+def on_all_ranks(args: TrainingArguments, step: Callable[[], object]) -> None:
+    """Run a step of this rank, wait for the others, and raise on every rank if it failed on one.
+
+    Raises:
+        UserError: it failed on another rank, which tells why.
+    """
+    failure: Exception | None = None
+    try:
+        step()
+    except Exception as error:  # whatever it is, the others must not wait for this rank for ever
+        failure = error
+    if args.world_size > 1:
+        flag = torch.tensor(float(failure is not None), device=args.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        if failure is None and flag.item():
+            raise UserError("saving failed on another process, whose message says why; this one stops with it.")
+    if failure is not None:
+        raise failure
