@@ -50,7 +50,7 @@ def render_comparison(found: Sequence[tuple[ProbeReport, StageDistances]]) -> Ta
         masses = [report.result(name).measures["mass_in_chunk"] for name in ("before", "after")]
         mmd = [f"{stage['mmd_squared']:.4f}" for stage in (distances.before, distances.after)]
         difference = _cell(change.measures["mass_in_chunk"], sign=True)
-        table.add_row(f"{report.run} ({report.objective})", *map(_cell, masses), difference, *mmd)
+        table.add_row(Text(f"{report.run} ({report.objective})"), *map(_cell, masses), difference, *mmd)
     return table
 
 

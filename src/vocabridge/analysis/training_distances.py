@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from vocabridge.analysis.attention import Points
 from vocabridge.errors import UserError
@@ -116,5 +117,5 @@ def render_distances(training: DistanceTable, data: StageDistances, *, most_step
     columns = [*(row.values for row in chosen), data.before, data.after]
     for name in dict.fromkeys([*data.before, *training.names]):
         cells = [f"{values[name]:.3g}" if name in values else "-" for values in columns]
-        shown.add_row(name.replace("_", " "), *cells)
+        shown.add_row(Text(name.replace("_", " ")), *cells)
     return shown

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from .bits import ReferenceBits
@@ -99,13 +100,13 @@ def results_table(result: EvaluationResult) -> Table:
     """A table for the screen: one line a file, then the averages."""
     num_seeds = len(result.files[0].seeds)
     decoding = "greedy" if result.settings.greedy else f"{num_seeds} sampling seed{'s' * (num_seeds > 1)}"
-    table = Table(title=f"{Path(result.model).name}: {decoding}", title_justify="left")
+    table = Table(title=f"{escape(Path(result.model).name)}: {decoding}", title_justify="left")
     table.add_column("data", overflow="fold")
     table.add_column("domain", no_wrap=True)
     for heading in ("rows", "ROUGE-L", "std", "exact", "std", "bits/byte"):
         table.add_column(heading, justify="right", no_wrap=True)
     for file in result.files:
-        table.add_row(file.name, "in" if file.in_domain else "out", str(file.num_examples), *_cells(file))
+        table.add_row(escape(file.name), "in" if file.in_domain else "out", str(file.num_examples), *_cells(file))
     table.add_section()
     for domain, average in (("in", result.in_domain), ("out", result.out_of_domain)):
         if average is not None:

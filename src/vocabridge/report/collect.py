@@ -151,13 +151,20 @@ def _run_report(folder: Path) -> Report:
     unknown = RunRecord(variant=name, seed=0, folder=str(folder), objective="unknown", state="unfinished")
     run = _run(unknown, folder, reader)
     facts = run.environment or {}
-    record = unknown.model_copy(update={key: facts[key] for key in ("seed", "objective") if key in facts})
+    record = _named(unknown, {key: facts[key] for key in ("seed", "objective") if key in facts})
     if runtimes := run.log.get("train_runtime"):
         # A run that was resumed logs the time of its last part only, and does not say that there were others.
         steps, seconds = max(runtimes.items())
         record = record.model_copy(update={"state": "done", "steps": steps, "seconds": seconds})
     pair = reader.model(folder / PAIR_FILE, PairFile)
     return Report(name, folder, folder, None, (replace(run, record=record),), pair, tuple(reader.notes))
+
+
+def _named(record: RunRecord, facts: Mapping[str, Any]) -> RunRecord:
+    try:
+        return RunRecord.model_validate({**record.model_dump(), **facts})
+    except ValidationError:  # what is no seed or no name is shown among the other facts of the record
+        return record
 
 
 def _run(record: RunRecord, folder: Path, reader: Reader) -> Run:

@@ -175,8 +175,11 @@ def _differences(texts: Sequence[RecipeText]) -> Table | None:
 def flat_recipe(text: str) -> Iterator[tuple[str, Any]]:
     """Every value of a recipe's text by its dotted key; nothing where the text is no YAML."""
     try:
-        return _flat(yaml.safe_load(text))
-    except yaml.YAMLError:
+        # A resolved recipe has no alias, and a few lines of them can stand for more than any memory holds.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            return iter(())
+        return iter(list(_flat(yaml.safe_load(text))))
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):  # the latter by tags such as !!int
         return iter(())
 
 

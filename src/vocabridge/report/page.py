@@ -95,9 +95,9 @@ def _models(report: Report) -> list[str]:
     """Student, teacher and data as ``inspect-pair`` is given them, of the first recipe that has a teacher."""
     for run in report.runs:
         facts = dict(flat_recipe(run.recipe or ""))
-        if facts.get("teacher.model") and facts.get("data.train"):
-            train = facts["data.train"]
-            return [facts["student.model"], facts["teacher.model"], train[0] if isinstance(train, list) else train]
+        student, teacher, train = map(facts.get, ("student.model", "teacher.model", "data.train"))
+        if student and teacher and train:
+            return [str(student), str(teacher), str(train[0] if isinstance(train, list) else train)]
     return ["STUDENT", "TEACHER", "FILE"]
 
 

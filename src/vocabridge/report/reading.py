@@ -45,7 +45,7 @@ class Reader:
             return None
         try:
             found = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self.notes.append(f"{path} is damaged ({error}).")
             return None
         if isinstance(found, dict):
@@ -78,7 +78,7 @@ class Reader:
                 entry = json.loads(line)
                 step = int(entry["step"])
                 numbers = {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 if number < len(lines) or line.endswith("\n"):
                     self.notes.append(f"{path}:{number} is no log entry and was left out.")
                 continue

@@ -23,7 +23,7 @@ _ALPHA = 0.05
 def plan_table(plan: StudyPlan, statuses: Mapping[PlannedRun, RunStatus], *, jobs: int) -> Table:
     """One line a variant: how its runs stand and what is still to come."""
     parts = estimate(plan, statuses)
-    table = Table(title=f"{plan.folder}: {len(plan.runs)} runs", title_justify="left")
+    table = Table(title=f"{escape(str(plan.folder))}: {len(plan.runs)} runs", title_justify="left")
     table.add_column("variant", overflow="fold")
     for heading in ("objective", "runs"):
         table.add_column(heading)
