@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from faults.phases import EVALUATE, run_results, sha256
-from faults.starts import Ended, ForkServer
+from faults.starts import Ended, Fault, ForkServer
 from tiny_pair import ROWS, student_model, teacher_model
 from vocabridge.checkpoint_files import checkpoints, damage
 from vocabridge.errors import UserError
@@ -110,6 +110,23 @@ def test_a_dead_data_worker_is_told_and_the_run_goes_on(server: ForkServer, whol
     assert (workplace / "killed").exists()
     done(server.start([*command, "--resume"], workplace))
     assert run_results(workplace / "run") == run_results(whole), "workers change nothing"
+
+
+def test_a_longer_run_is_scored_anew_though_it_was_killed_before(server: ForkServer, workplace: Path) -> None:
+    """The scores of the shorter run, there when the kill comes, neither stand in the way nor are taken for its."""
+    evaluation = [f"evaluation.{key}" for key in ("data=[test.jsonl]", "seeds=[1]", "max_new_tokens=2", "limit=2")]
+    command = [*DISTILL, *evaluation]
+    done(server.start([*command, "training.max_steps=1"], workplace))
+    shorter = sha256(workplace / "run" / "evaluation" / "results.json")
+    longer = [*command, "training.max_steps=2", "--resume"]
+    for at in (1, 5):
+        assert server.start(longer, workplace, fault=Fault("run/evaluation", at)).struck
+    done(server.start(longer, workplace))
+    found = run_results(workplace / "run")
+    shutil.rmtree(workplace / "run")
+    done(server.start([*command, "training.max_steps=2"], workplace))
+    assert run_results(workplace / "run") == found
+    assert found["results.json"] != shorter
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from .metrics import percentage, score_example
 from .plan import PAPER_SEEDS, DataFile, DataFiles, EvaluationPlan, plan_evaluation
 from .responses import Responder, generation_progress
 from .results import EvaluationResult, FileResult, SeedScores, domain_average
-from .run_folder import Manifest, Record, RunFolder
+from .run_folder import Manifest, Overwrite, Record, RunFolder
 from .statistics import mean_std
 from .vllm_engine import VllmModel, check_vllm
 
@@ -39,7 +39,7 @@ def evaluate_model(
     batch_size: int = 16,
     limit: int | None = None,
     in_domain: Sequence[str] | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     engine: Engine = "transformers",
     ranks: Ranks | None = None,
 ) -> EvaluationResult:
@@ -84,7 +84,7 @@ def evaluate(
     template: Template = "plain",
     limit: int | None = None,
     in_domain: Sequence[str] | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     model_name: str = "model",
     ranks: Ranks | None = None,
 ) -> EvaluationResult:
@@ -108,7 +108,7 @@ def evaluate(
         template: how prompts are rendered, ``plain`` or ``chat``.
         limit: use only the first so many rows of each file.
         in_domain: names of the in-domain files; None or nothing means the first file.
-        overwrite: discard an earlier evaluation in ``output_dir``.
+        overwrite: discard an earlier evaluation in ``output_dir``; ``"other model"``: if it was of another model.
         model_name: what the results call the model.
         ranks: the processes that share the work (:func:`vocabridge.ranks.launched_ranks`), which must all call this
             with the same arguments. The first one writes; all get the result, which is that of one process.
@@ -133,7 +133,7 @@ class _Place:
     """Where an evaluation runs and goes, and what it calls itself."""
 
     path: Path
-    overwrite: bool
+    overwrite: Overwrite
     model_name: str
     engine: Engine
     ranks: Ranks

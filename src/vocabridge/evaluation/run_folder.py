@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..durable import write_in_one_piece
 from ..errors import UserError
@@ -30,6 +30,7 @@ _PREDICTIONS = "predictions"
 _BITS = "bits"
 
 Record = dict[str, Any]
+Overwrite = bool | Literal["other model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +63,14 @@ class Manifest:
 class RunFolder:
     """The files of one evaluation of one model."""
 
-    def __init__(self, path: Path, manifest: Manifest, *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, overwrite: Overwrite = False) -> None:
         """Open or create the folder.
 
         Args:
             path: the folder; made if missing.
             manifest: what this evaluation depends on.
-            overwrite: remove the files of an earlier evaluation first, and only those.
+            overwrite: remove the files of an earlier evaluation first, and only those; ``"other model"``: if it was of
+                another model.
 
         Raises:
             UserError: the folder holds something else, or an evaluation of another model, setting or data.
@@ -76,10 +78,10 @@ class RunFolder:
         self.path = path
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; the evaluation needs a folder to write to.")
-        if overwrite:
+        if overwrite is True:
             self._clear()
         elif path.exists() and any(file.name != f"{_MANIFEST}.tmp" for file in path.iterdir()):
-            manifest = self._merged(manifest)
+            manifest = self._merged(manifest, replaces_model=overwrite == "other model")
         path.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"model": manifest.model, "settings": dict(manifest.settings), "data": dict(manifest.data)})
         write_in_one_piece(path / _MANIFEST, text + "\n")
@@ -93,7 +95,7 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
         (self.path / _MANIFEST).unlink(missing_ok=True)
 
-    def _merged(self, manifest: Manifest) -> Manifest:
+    def _merged(self, manifest: Manifest, *, replaces_model: bool) -> Manifest:
         path = self.path / _MANIFEST
         if not path.exists():
             raise UserError(f"{self.path} is not empty and holds no evaluation; give another folder, or --overwrite.")
@@ -101,6 +103,9 @@ class RunFolder:
             found = Manifest(**json.loads(path.read_text("utf-8")))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}); run again with --overwrite.") from error
+        if replaces_model and found.model != manifest.model:
+            self._clear()
+            return manifest
         if differences := found.differences(manifest):
             raise UserError(
                 f"{self.path} holds an evaluation that differs in {', '.join(differences)}; "
