@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,12 +17,18 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from vocabridge.errors import UserError
+from vocabridge.preemption import Preempted, sigterm_raises
+from vocabridge.ranks import FailedElsewhere, launched_ranks
 
 if TYPE_CHECKING:
     from vocabridge.recipe import Recipe
 
 INTERRUPTED = 130
 """Exit status of a command stopped by Ctrl-C, as shells count it."""
+
+_SAME_COMMAND = "the same command goes on where it stopped"
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""A full or failing disk, a quota, a folder that may not be written: not bugs, so they need no traceback."""
 
 app = typer.Typer(
     help="Distil a large language model into a small one when the two have different tokenizers and vocabularies.",
@@ -72,6 +81,8 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 2, without a traceback."""
     try:
         app(prog_name="vocabridge")
+    except FailedElsewhere:
+        sys.exit(2)
     except UserError as error:
         # A DataLoader worker's error comes back with its traceback in the message; the sentence is at its end.
         for line in str(error).rpartition("UserError: ")[2].strip().splitlines():
@@ -81,6 +92,33 @@ def main() -> None:
         # The reader (head, less) has gone; without this the interpreter complains again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(
+            f"error: {place}{error.strerror}; free some space or mend the permissions, and the same command goes on "
+            "(distill with --resume): what was finished before is whole.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+@contextmanager
+def _stoppable(hint: str) -> Iterator[None]:
+    """Long work: Ctrl-C leaves with exit status 130, SIGTERM (preemption) with 0, and both say how to go on."""
+    try:
+        with sigterm_raises():
+            yield
+    except KeyboardInterrupt as stop:
+        if _is_first():
+            print(f"interrupted; {hint}", file=sys.stderr)
+        raise typer.Exit(0 if isinstance(stop, Preempted) else INTERRUPTED) from None
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _show_version(wanted: bool) -> None:
@@ -112,24 +150,23 @@ def distill(
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other: one keeps the run folder, the other empties it.")
-    loaded = load_recipe(recipe, overrides or [])
-    _note_unused(loaded)
-    try:
+    words = ["vocabridge", "distill", str(recipe), *(overrides or []), "--resume"]
+    with _stoppable(f"go on with: {shlex.join(words)}"), launched_ranks() as ranks:
+        loaded = load_recipe(recipe, overrides or [])
+        if ranks.is_first:
+            _note_unused(loaded)
         from vocabridge.run import distill as run
 
         result = run(loaded, resume=resume, overwrite=overwrite)
-        if not result.interrupted:
-            if result.evaluation is not None:
-                from vocabridge.evaluation.results import results_table
+        if result.interrupted:
+            raise Preempted if result.preempted else KeyboardInterrupt
+    if not ranks.is_first:
+        return
+    if result.evaluation is not None:
+        from vocabridge.evaluation.results import results_table
 
-                Console().print(results_table(result.evaluation))
-            print(f"done after {result.steps} steps: {result.run_dir} loads with AutoModelForCausalLM.from_pretrained")
-            return
-    except KeyboardInterrupt:
-        pass
-    words = ["vocabridge", "distill", str(recipe), *(overrides or []), "--resume"]
-    print(f"interrupted; go on with: {shlex.join(words)}", file=sys.stderr)
-    raise typer.Exit(INTERRUPTED)
+        Console().print(results_table(result.evaluation))
+    print(f"done after {result.steps} steps: {result.run_dir} loads with AutoModelForCausalLM.from_pretrained")
 
 
 @app.command("cache-teacher")
@@ -137,15 +174,13 @@ def cache_teacher(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Run the teacher over the recipe's data once and keep its hidden states for every later run."""
     from vocabridge.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    try:
+    with _stoppable(_SAME_COMMAND), launched_ranks() as ranks:
+        loaded = load_recipe(recipe, overrides or [])
         from vocabridge.run import write_teacher_cache
 
         cache = write_teacher_cache(loaded).cache
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
-    print(f"{cache.folder}: {len(cache)} rows, {cache.num_bytes / 1e6:.1f} MB")
+    if ranks.is_first:
+        print(f"{cache.folder}: {len(cache)} rows, {cache.num_bytes / 1e6:.1f} MB")
 
 
 @app.command()
@@ -280,7 +315,7 @@ def evaluate(
 
     path = Path(model)
     folder = output_dir or (path / "evaluation" if path.is_dir() else Path("evaluations", path.name))
-    try:
+    with _stoppable(_SAME_COMMAND), launched_ranks() as ranks:
         result = evaluate_model(
             ModelSpec(model=model, template=template, dtype=dtype),
             data,
@@ -294,12 +329,11 @@ def evaluate(
             in_domain=in_domain,
             overwrite=overwrite,
             engine=engine,
+            ranks=ranks,
         )
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
-    Console().print(results_table(result))
-    print(f"results and predictions: {folder}")
+    if ranks.is_first:
+        Console().print(results_table(result))
+        print(f"results and predictions: {folder}")
 
 
 @app.command()
@@ -319,11 +353,8 @@ def analyze(
     from vocabridge.analysis.tables import render_comparison, render_probe
     from vocabridge.analysis.training_distances import render_distances
 
-    try:
+    with _stoppable("the run in hand was not written"):
         analyses = analyze_runs(runs, data, output_dir=output, limit=limit, progress=True)
-    except KeyboardInterrupt:
-        print("interrupted; the run in hand was not written", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
     console = Console()
     for analysis in analyses:
         console.print(render_probe(analysis.probe))
@@ -358,11 +389,11 @@ def study(
         return
     from vocabridge.study.results import study_results, write_results
 
-    interrupted = False
+    outcome = None
     if not results:
         from vocabridge.study.runner import run_study
 
-        interrupted = run_study(plan, jobs=jobs, tell=lambda line: print(line, file=sys.stderr)).interrupted
+        outcome = run_study(plan, jobs=jobs, tell=lambda line: print(line, file=sys.stderr))
     found = study_results(plan)
     path = write_results(found)
     for table in result_tables(found):
@@ -370,10 +401,10 @@ def study(
     for line in unfinished_lines(found.statuses):
         print(line, file=sys.stderr)
     print(f"{path}: {summary_line(list(found.statuses.values()))}")
-    if interrupted:
+    if outcome is not None and outcome.interrupted:
         words = ["vocabridge", "study", str(study), *(["--jobs", str(jobs)] if jobs > 1 else [])]
-        print(f"interrupted; go on with: {shlex.join(words)}", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED)
+        with _stoppable(f"go on with: {shlex.join(words)}"):
+            raise Preempted if outcome.preempted else KeyboardInterrupt
     if not results and any(status.state != "done" for status in found.statuses.values()):
         raise typer.Exit(1)
 
@@ -388,7 +419,7 @@ def report(
     ] = None,
 ) -> None:
     """Show a study or a run, as far as it is, on one HTML page that needs no network."""
-    from vocabridge.evaluation.run_folder import write_in_one_piece
+    from vocabridge.durable import write_in_one_piece
     from vocabridge.report.collect import collect
     from vocabridge.report.page import render_page
 
@@ -430,7 +461,7 @@ def generate_data(
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
     )
-    try:
+    with _stoppable(_SAME_COMMAND), launched_ranks() as ranks:
         written = generate(
             ModelSpec(model=teacher, template=template, dtype=dtype),
             data,
@@ -440,12 +471,11 @@ def generate_data(
             limit=limit,
             overwrite=overwrite,
             engine=engine,
+            ranks=ranks,
         )
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
-    left_out = f"{written.num_unfinished} unfinished and {written.num_empty} empty answers left out"
-    print(f"{written.path}: {written.num_rows} rows; {left_out}")
+    if ranks.is_first:
+        left_out = f"{written.num_unfinished} unfinished and {written.num_empty} empty answers left out"
+        print(f"{written.path}: {written.num_rows} rows; {left_out}")
 
 
 def _note_unused(recipe: Recipe) -> None:

@@ -95,7 +95,7 @@ def _distill(recipe: Recipe, ranks: Ranks, *, resume: bool, overwrite: bool) -> 
     ranks.on_first(
         lambda: _claim(run_dir, recipe, seed=arguments.seed, overwrite=overwrite, is_fresh=checkpoint is None)
     )
-    trained = _train(trainer, None if checkpoint is None else str(checkpoint))
+    _train(trainer, None if checkpoint is None else str(checkpoint))
     steps = trainer.state.global_step
     if trainer.interrupt.interrupted:
         return RunResult(run_dir, interrupted=True, preempted=trainer.interrupt.preempted, steps=steps)
@@ -106,12 +106,12 @@ def _distill(recipe: Recipe, ranks: Ranks, *, resume: bool, overwrite: bool) -> 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     ranks.wait()  # the first one has the rest of the run folder to write
-    evaluation = None if recipe.evaluation is None else _evaluate(recipe, run_dir, overwrite=trained, ranks=ranks)
+    evaluation = None if recipe.evaluation is None else _evaluate(recipe, run_dir, ranks=ranks)
     return RunResult(run_dir, interrupted=False, steps=steps, evaluation=evaluation)
 
 
-def _train(trainer: DistillationTrainer, checkpoint: str | None) -> bool:
-    """Train, from the checkpoint if there is one; False when that checkpoint was the end and is only loaded.
+def _train(trainer: DistillationTrainer, checkpoint: str | None) -> None:
+    """Train, from the checkpoint if there is one; a checkpoint that was the end is only loaded.
 
     ``Trainer`` looks at ``max_steps`` after a step only, so it would give a finished run one step too many.
     """
@@ -122,7 +122,7 @@ def _train(trainer: DistillationTrainer, checkpoint: str | None) -> bool:
         if same_length and state.global_step >= last_step:
             load_parts(trainer.student, trainer.objective_module, _final_weights(trainer, state, Path(checkpoint)))
             trainer.state = state
-            return False
+            return
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except RuntimeError as error:
@@ -132,7 +132,6 @@ def _train(trainer: DistillationTrainer, checkpoint: str | None) -> bool:
             "a process that prepares batches has died, perhaps for want of memory; the checkpoints are whole, so go on "
             "with --resume, and with fewer training.dataloader_num_workers."
         ) from error
-    return True
 
 
 def _final_weights(trainer: DistillationTrainer, state: TrainerState, last: Path) -> Path:
@@ -344,7 +343,7 @@ def _save_final(trainer: DistillationTrainer, run_dir: Path, recipe: Recipe) -> 
         )
 
 
-def _evaluate(recipe: Recipe, run_dir: Path, *, overwrite: bool, ranks: Ranks) -> EvaluationResult | None:
+def _evaluate(recipe: Recipe, run_dir: Path, *, ranks: Ranks) -> EvaluationResult | None:
     settings = recipe.evaluation
     assert settings is not None
     if settings.engine == "vllm":  # which generates in one process
@@ -364,7 +363,7 @@ def _evaluate(recipe: Recipe, run_dir: Path, *, overwrite: bool, ranks: Ranks) -
         batch_size=settings.batch_size,
         limit=settings.limit,
         in_domain=list(settings.in_domain) or None,
-        overwrite=overwrite,
+        overwrite="other model",  # the scores of a run that was shorter then, or a kill came before they were discarded
         engine=settings.engine,
         ranks=ranks,
     )
