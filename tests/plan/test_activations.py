@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+)
 
 from vocabridge.models.forward import position_ids
 from vocabridge.plan.activations import layer_activations, trunk_activations
 from vocabridge.plan.models import PlannedModels, empty_model
-from vocabridge.plan.step import Step, step_parts
+from vocabridge.plan.step import Step, step_parts, unknown
 from vocabridge.plan.training_state import Placement
 
 LENGTH = 48
+STEP = Step(
+    rows=4,
+    length=LENGTH,
+    checkpoint_every=None,
+    on_cpu=True,
+    teacher_is_cached=False,
+    quantization=None,
+    costs=("student head",),
+)
 
 
 def llama(**changes: Any) -> LlamaConfig:
@@ -111,15 +129,7 @@ def test_checkpointing_keeps_inputs_of_layers(num_layers: int, every: int):
     again = [kept_bytes(LlamaForCausalLM(llama(num_hidden_layers=number)).train(), 4) for number in (1, 2)]
     expected = kept_bytes(real, 4) + again[1] - again[0]
     models = PlannedModels(empty_model(llama(num_hidden_layers=num_layers), dtype=torch.float32), None, nn.Module())
-    step = Step(
-        rows=4,
-        length=LENGTH,
-        checkpoint_every=every,
-        on_cpu=True,
-        teacher_is_cached=False,
-        quantization=None,
-        costs=("student head",),
-    )
+    step = replace(STEP, checkpoint_every=every)
     parts = {part.name: part.num_bytes for part in step_parts(models, step, Placement())}
     assert parts["student's activations"] == pytest.approx(expected, rel=0.1)
 
@@ -144,3 +154,12 @@ def test_values_are_told_apart_from_shapes():
     model.model.layers[0].input_layernorm = Router()
     layer_activations.cache_clear()
     assert layer_activations(model, LENGTH) is None
+
+
+def test_experts_in_float32_are_not_known(caplog: pytest.LogCaptureFixture):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=100, num_key_value_heads=2, num_local_experts=4, eos_token_id=1, **sizes)
+    model = empty_model(config, dtype=torch.float32)
+    assert trunk_activations(model, LENGTH) is None
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "depends on values" in next(unknown(PlannedModels(model, None, nn.Module()), STEP, Placement()))

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
@@ -58,7 +60,8 @@ def trunk_activations(
     try:
         first, second = (_kept_bytes(model, rows, length, autocast=autocast, weights=weights) for rows in _ROWS)
     except Exception as error:  # whatever a family's code does without values
-        return _not_known(model, error)
+        _tell(model, error)
+        return None
     per_row = (second - first) // (_ROWS[1] - _ROWS[0])
     return TrunkActivations(per_row, max(0, first - _ROWS[0] * per_row))
 
@@ -90,7 +93,8 @@ def layer_activations(model: nn.Module, length: int) -> int | None:
     except _FirstLayerDone:
         return (kept.num_bytes - before[0]) // rows
     except Exception as error:  # as above
-        return _not_known(model, error)
+        _tell(model, error)
+        return None
     raise AssertionError("a trunk runs its first layer")
 
 
@@ -98,7 +102,7 @@ class _FirstLayerDone(Exception):
     """Ends a run after its first layer."""
 
 
-def _not_known(model: nn.Module, error: Exception) -> None:
+def _tell(model: nn.Module, error: Exception) -> None:
     logger.info("%s cannot be run without values: %s", type(base_model(model)).__name__, error)
 
 
@@ -138,7 +142,7 @@ def _run(
     weights: torch.dtype | None = None,
 ) -> None:
     trunk = base_model(model).get_decoder()
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _without_tracebacks(), FakeTensorMode(allow_non_fake_inputs=True):
         parameters = {name: _unreal(value, weights) for name, value in trunk.named_parameters()}
         buffers = {name: _unreal(value, None) for name, value in trunk.named_buffers()}
         kept.own = {value.untyped_storage()._cdata for value in chain(parameters.values(), buffers.values())}
@@ -153,6 +157,17 @@ def _run(
         hooks = saved_tensors_hooks(kept.keep, lambda tensor: tensor)
         with torch.enable_grad(), hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             functional_call(trunk, (parameters, buffers), kwargs=inputs)
+
+
+@contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """PyTorch logs one for an operation without a rule for shapes, and then raises what is dealt with here."""
+    torch_log = logging.getLogger(FakeTensorMode.__module__)
+    before, torch_log.disabled = torch_log.disabled, True
+    try:
+        yield
+    finally:
+        torch_log.disabled = before
 
 
 def _unreal(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
