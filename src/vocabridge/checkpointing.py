@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from vocabridge.checkpoint_files import retire
 from vocabridge.distillation_model import DistillationModel
+from vocabridge.durable import write_in_one_piece
 from vocabridge.errors import UserError
 from vocabridge.objectives.base import Objective
 from vocabridge.resuming import ResumableTrainer
@@ -82,6 +83,12 @@ class CheckpointingTrainer(ResumableTrainer):
             return
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_state(self) -> None:
+        """As its base, which writes in place: a link of the file's name must not be followed."""
+        if self.args.should_save:
+            (Path(str(self.args.output_dir)) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super().save_state()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Student as a Hugging Face checkpoint, learned parts and tokenizer beside it; no pickled arguments."""
@@ -218,9 +225,7 @@ class CheckpointingTrainer(ResumableTrainer):
         step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
         complete = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         kept = [line for line in complete if json.loads(line)["step"] <= step and "train_runtime" not in line]
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
+        write_in_one_piece(path, "".join(f"{line}\n" for line in kept))
 
 
 def on_all_ranks(args: TrainingArguments, step: Callable[[], object]) -> None:

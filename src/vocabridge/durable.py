@@ -5,16 +5,23 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import BinaryIO
+
+from vocabridge.errors import UserError
 
 _FOLDERS_CANNOT_BE_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 """Some network file systems, and Windows."""
+
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+"""Windows has no such flag."""
 
 
 def write_in_one_piece(path: Path, text: str) -> None:
     """Write a text file in UTF-8 that replaces the one before it, or fails and leaves it."""
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # a killed process left it, or somebody laid a link there that leads elsewhere
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        with temporary.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -23,6 +30,20 @@ def write_in_one_piece(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file at its end; it is made if missing.
+
+    Raises:
+        UserError: it is a link, as a folder from somebody else may hold, and what it leads to would be written to.
+    """
+    try:
+        return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_LINK, 0o666), "ab")
+    except OSError as error:
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, and only files of its own folder are written to; remove it.") from error
+        raise
 
 
 def sync_file(path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from vocabridge.durable import write_in_one_piece
 from vocabridge.recipe import Recipe
 
 _TEXT = """---
@@ -63,4 +64,4 @@ def write_model_card(
         if has_learned_parts
         else "",
     )
-    (run_dir / "README.md").write_text(text, encoding="utf-8")
+    write_in_one_piece(run_dir / "README.md", text)

@@ -24,6 +24,7 @@ from vocabridge.checkpointing import METRICS_FILE, CheckpointingTrainer
 from vocabridge.compilation import compile_trunks, take_over_compilation
 from vocabridge.diagnostics import DiagnosticsCallback
 from vocabridge.distillation_model import DistillationModel, tally_dtype
+from vocabridge.durable import open_to_append
 from vocabridge.errors import UserError
 from vocabridge.interrupt import InterruptCallback
 from vocabridge.models.cached_teacher import CachedTeacher, teacher_signal
@@ -311,8 +312,8 @@ class DistillationTrainer(CheckpointingTrainer):
             self._tally = {}
         super().log(logs, start_time)
         if self.is_world_process_zero():
-            with (Path(str(self.args.output_dir)) / METRICS_FILE).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(self.state.log_history[-1]) + "\n")
+            with open_to_append(Path(str(self.args.output_dir)) / METRICS_FILE) as stream:
+                stream.write(f"{json.dumps(self.state.log_history[-1])}\n".encode())
 
     def _drain(self, tally: Mapping[str, Tensor]) -> dict[str, float]:
         """Averages over all ranks, by name; a rank without a batch (of few evaluation rows) has no names."""

@@ -34,6 +34,7 @@ from vocabridge.analysis.training_distances import (
     distances_json,
     training_distances,
 )
+from vocabridge.durable import write_in_one_piece
 from vocabridge.errors import UserError
 from vocabridge.pairs import IGNORE_INDEX, TokenizedPair, tokenize_examples
 from vocabridge.text import read_examples
@@ -163,6 +164,6 @@ def _write(folder: Path, files: dict[str, str]) -> None:
         for stale in (folder / "heatmaps").glob("example-*.svg"):
             stale.unlink()
         for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            write_in_one_piece(folder / name, text)
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written: {error.strerror}.") from error

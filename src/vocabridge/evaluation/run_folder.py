@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..durable import write_in_one_piece
+from ..durable import open_to_append, write_in_one_piece
 from ..errors import UserError
 
 _MANIFEST = "manifest.json"
@@ -143,6 +143,8 @@ class PredictionFile:
         if self.path.exists():
             lines = map(_parsed, self.path.read_bytes().splitlines(keepends=True))
             return {record["index"]: record for record in lines if record is not None}
+        if self.partial_path.is_symlink():  # whatever it leads to is not ours to cut
+            self.partial_path.unlink()
         if not self.partial_path.exists():
             return {}
         records: dict[int, Record] = {}
@@ -159,8 +161,8 @@ class PredictionFile:
 
     def append(self, records: Iterable[Record]) -> None:
         """Add complete lines and hand them to the disk."""
-        with self.partial_path.open("a", encoding="utf-8", newline="\n") as file:
-            file.writelines(_line(record) for record in records)
+        with open_to_append(self.partial_path) as file:
+            file.writelines(_line(record).encode() for record in records)
             file.flush()
             os.fsync(file.fileno())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 Metric = Literal["rouge_l", "exact_match", "bits_per_byte"]
 Domain = Literal["in", "out"]
@@ -90,3 +90,12 @@ class StudyRecord(_Record):
     scores: tuple[ScoreRecord, ...]
     summaries: tuple[SummaryRecord, ...]
     comparisons: tuple[ComparisonRecord, ...]
+
+    @field_validator("runs")
+    @classmethod
+    def _inside(cls, runs: tuple[RunRecord, ...]) -> tuple[RunRecord, ...]:
+        """A variant names a folder of the study; the file may come from anybody."""
+        for run in runs:
+            if run.variant in ("", ".", "..") or set(run.variant) & set("/\\\0"):
+                raise ValueError(f"'{run.variant}' is no variant's name")
+        return runs

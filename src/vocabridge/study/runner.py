@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..durable import write_in_one_piece
+from ..durable import open_to_append, write_in_one_piece
 from ..errors import UserError
 from .child import INTERRUPTED
 from .plan import PlannedRun, StudyPlan
@@ -163,7 +163,7 @@ class _Runner:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             write_in_one_piece(run.folder / RECIPE_FILE, run.recipe.resolved_yaml())
-            with (run.folder / LOG_FILE).open("ab") as log:
+            with open_to_append(run.folder / LOG_FILE) as log:
                 popen = subprocess.Popen(
                     list(self.command(run.folder)),
                     stdin=subprocess.DEVNULL,
