@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from vocabridge.errors import UserError
+from vocabridge.errors import UserError, visible
 from vocabridge.preemption import Preempted, sigterm_raises
 from vocabridge.ranks import FailedElsewhere, launched_ranks
 
@@ -85,8 +85,8 @@ def main() -> None:
         sys.exit(2)
     except UserError as error:
         # A DataLoader worker's error comes back with its traceback in the message; the sentence is at its end.
-        for line in str(error).rpartition("UserError: ")[2].strip().splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        for line in str(error).rpartition("UserError: ")[2].strip().split("\n"):
+            print(f"error: {visible(line)}", file=sys.stderr)  # it may quote a file that would move the cursor
         sys.exit(2)
     except BrokenPipeError:
         # The reader (head, less) has gone; without this the interpreter complains again when it flushes at exit.

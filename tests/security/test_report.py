@@ -25,6 +25,7 @@ from vocabridge.analysis.heatmap import HeatmapData, heatmap_pages
 from vocabridge.analysis.probe import MEASURES, ProbeReport
 from vocabridge.analysis.tables import render_comparison
 from vocabridge.analysis.training_distances import DistanceTable, StageDistances, render_distances
+from vocabridge.cli import main
 from vocabridge.evaluation.bits import ReferenceBits
 from vocabridge.evaluation.engine import GenerationSettings
 from vocabridge.evaluation.results import EvaluationResult, FileResult, SeedScores, domain_average, results_table
@@ -245,3 +246,18 @@ def test_names_of_runs_and_measures_are_printed_as_they_are(name: str) -> None:
     data = StageDistances({"mmd_squared": 1.0, name: 1.0}, {"mmd_squared": 1.0, name: 1.0})
     assert f"{name} ({name})" in printed(render_comparison([(report, data)]))
     assert name in printed(render_distances(DistanceTable((), ()), data))
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J\x1b[31m", "\x07", "\r", "\x9b31m", "\u202e", "\x1b]8;;http://x\x1b\\"])
+def test_errors_do_not_act_on_the_terminal(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file's name or content is quoted in errors: clearing the screen or hiding a line must not be in its power."""
+    monkeypatch.setattr("sys.argv", ["vocabridge", "report", str(tmp_path / f"x{text}y")])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.isprintable()
+    assert "does not exist" in line
