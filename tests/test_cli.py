@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import subprocess
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from vocabridge import cli
 from vocabridge.errors import UserError
 from vocabridge.objectives import objective_names
+from vocabridge.preemption import Preempted
 
 RECIPE = """\
 data: {train: org/rows}
@@ -141,14 +143,17 @@ class RunResult:
     run_dir: Path
     interrupted: bool
     steps: int
+    preempted: bool
     evaluation: None = None
 
 
 class Run:
     """Stands in for ``vocabridge.run``."""
 
-    def __init__(self, *, interrupted: bool = False, error: BaseException | None = None) -> None:
-        self.interrupted = interrupted
+    def __init__(
+        self, *, interrupted: bool = False, preempted: bool = False, error: BaseException | None = None
+    ) -> None:
+        self.interrupted, self.preempted = interrupted, preempted
         self.error = error
         self.calls: list[tuple[str, int, bool, bool]] = []
 
@@ -157,7 +162,7 @@ class Run:
         self.calls.append((recipe.objective.name, arguments.get("seed", 42), resume, overwrite))
         if self.error:
             raise self.error
-        return RunResult(Path(arguments["output_dir"]), self.interrupted, 7)
+        return RunResult(Path(arguments["output_dir"]), self.interrupted, 7, self.preempted)
 
 
 @pytest.mark.parametrize(
@@ -176,12 +181,19 @@ def test_distill_hands_over_recipe_and_flags(
 
 
 @pytest.mark.parametrize(
-    "run", [Run(interrupted=True), Run(error=KeyboardInterrupt())], ids=["signal", "second signal"]
+    ("run", "code"),
+    [
+        (Run(interrupted=True), 130),
+        (Run(error=KeyboardInterrupt()), 130),
+        (Run(interrupted=True, preempted=True), 0),
+        (Run(error=Preempted()), 0),
+    ],
+    ids=["Ctrl-C", "Ctrl-C twice", "SIGTERM in training", "SIGTERM elsewhere"],
 )
-def test_interrupted_run_tells_how_to_go_on(vocabridge: Command, run: Run) -> None:
+def test_interrupted_run_tells_how_to_go_on(vocabridge: Command, run: Run, code: int) -> None:
     vocabridge.replace("vocabridge.run", distill=run.distill)
     outcome = vocabridge("distill", "recipe.yaml", "training.run_name=two words")
-    assert outcome.code == 130
+    assert outcome.code == code
     assert len(run.calls) == 1
     assert outcome.err.endswith("go on with: vocabridge distill recipe.yaml 'training.run_name=two words' --resume\n")
 
@@ -195,6 +207,20 @@ def test_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, voc
     vocabridge.replace("vocabridge.run", distill=Run(error=AssertionError("ours")).distill)
     monkeypatch.setattr(sys, "argv", ["vocabridge", "distill", "recipe.yaml"])
     with pytest.raises(AssertionError, match="ours"):
+        cli.main()
+
+
+def test_full_disk_is_one_sentence_and_other_failures_of_the_system_are_defects(
+    monkeypatch: pytest.MonkeyPatch, vocabridge: Command
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
+    vocabridge.replace("vocabridge.run", distill=Run(error=full).distill)
+    outcome = vocabridge("distill", "recipe.yaml")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: runs/x/metrics.jsonl: No space left on device; free some space or mend")
+    vocabridge.replace("vocabridge.run", distill=Run(error=FileNotFoundError(errno.ENOENT, "gone")).distill)
+    monkeypatch.setattr(sys, "argv", ["vocabridge", "distill", "recipe.yaml"])
+    with pytest.raises(FileNotFoundError):
         cli.main()
 
 
