@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 MODEL_PACKAGES := -r requirements/packaged-models.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart demo study-mini test test-faults check bench
+.PHONY: help venv quickstart demo study-mini test test-faults test-fuzz check audit bench
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -43,10 +43,20 @@ test: venv ## Run the tests
 test-faults: venv ## Kill every long command at 20 random moments each, and compare what comes of it (about 10 minutes)
 	$(BIN)/python tests/faults/run.py --kills 20 --json docs/reliability/faults.json
 
-check: venv ## Lint, formatting and types
+test-fuzz: venv ## Throw 100,000 recipes, data files and texts at what reads them (about 20 minutes)
+	$(BIN)/python tests/fuzz/run.py --inputs 100000 --json docs/reliability/fuzz.json
+
+check: venv ## Lint, formatting, types, and what can be told about the dependencies offline
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python requirements/audit.py
+
+audit: venv ## Known vulnerabilities of the pinned packages (needs a network with the package index's JSON interface)
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --disable-pip-version-check -q pip-audit
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps \
+		-r requirements/constraints.txt -r requirements/packaged-models.txt
 
 # Plain scripts, each with --help. They take the quick start's models where those are, else small stand-ins. TRL is only
 # compared with, from a folder of its own; offline, that part is left out.
