@@ -19,6 +19,7 @@ from vocabridge import cli
 from vocabridge.errors import UserError
 from vocabridge.objectives import objective_names
 from vocabridge.preemption import Preempted
+from vocabridge.ranks import Ranks
 
 RECIPE = """\
 data: {train: org/rows}
@@ -242,7 +243,8 @@ class Evaluation:
         self.error = error
         self.calls: list[dict[str, Any]] = []
 
-    def evaluate_model(self, spec: Any, data: list[str], **settings: Any) -> str:
+    def evaluate_model(self, spec: Any, data: list[str], *, ranks: Ranks, **settings: Any) -> str:
+        assert ranks.world_size == 1, "no launcher started others"
         self.calls.append({"model": spec.model, "template": spec.template, "data": list(data), **settings})
         if self.error:
             raise self.error
@@ -320,7 +322,7 @@ def test_commands_call_what_exists() -> None:
 
     assert set(inspect.signature(distill).parameters) == {"recipe", "resume", "overwrite"}
     names = {"spec", "data", "output_dir", "seeds", "max_new_tokens", "temperature", "top_p", "batch_size", "limit"}
-    assert set(inspect.signature(evaluate_model).parameters) == {*names, "in_domain", "overwrite", "engine"}
+    assert set(inspect.signature(evaluate_model).parameters) == {*names, "in_domain", "overwrite", "engine", "ranks"}
 
 
 # --- inspect-pair ----------------------------------------------------------------------------------------------------
