@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -131,6 +132,11 @@ def _train(trainer: DistillationTrainer, checkpoint: str | None) -> None:
         raise UserError(
             "a process that prepares batches has died, perhaps for want of memory; the checkpoints are whole, so go on "
             "with --resume, and with fewer training.dataloader_num_workers."
+        ) from error
+    except UnpicklingError as error:
+        raise UserError(
+            f"{checkpoint}: its optimizer.pt, scheduler.pt or a rng_state file holds more than tensors and numbers, "
+            "which could run any code and is not read; resume from another checkpoint, or start anew with --overwrite."
         ) from error
 
 

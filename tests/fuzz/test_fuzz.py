@@ -67,6 +67,7 @@ def test_recipes_that_were_found_are_refused_in_one_sentence(tmp_path: Path, nam
         {"messages": [{"role": "a\nb", "content": ""}]},
         {"pr\x1b[31mompt": "x"},
         {"\ud800": "x"},
+        {"messages": [{"\x80role": "user", "content": " "}]},
     ],
 )
 def test_rows_that_were_found_are_refused_in_one_line(row: dict[str, object]) -> None:

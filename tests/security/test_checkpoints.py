@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from payload import Payload, write_payload
 from transformers import PreTrainedTokenizerFast
 
 from tiny_pair import student_model
@@ -22,16 +22,6 @@ from vocabridge.models.spec import ModelSpec
 from vocabridge.models.trunkless import load_ends
 
 LOADERS = {"model": load_model, "student": load_student, "teacher": load_teacher, "ends": load_ends}
-
-
-class Payload:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.canary),)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +54,6 @@ def canary(tmp_path: Path) -> Path:
 
 def as_spec(folder: Path, **settings: Any) -> ModelSpec:
     return ModelSpec(model=str(folder), device="cpu", **settings)
-
-
-def write_payload(path: Path, canary: Path) -> None:
-    torch.save({"model.embed_tokens.weight": Payload(canary)}, path)
 
 
 def test_the_payload_works(tmp_path: Path, canary: Path) -> None:
@@ -205,3 +191,14 @@ def test_trust_is_given_for_one_model_at_a_time() -> None:
     )
     assert recipe.teacher is not None
     assert (recipe.student.trust_remote_code, recipe.teacher.trust_remote_code) == (False, True)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_pickled_adapter_beside_the_weights_does_not_run(checkpoint: Path, canary: Path, loader: str) -> None:
+    """The library puts an adapter that it finds in the folder on top of the model."""
+    adapter = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "base_model_name_or_path": "other/model"}
+    (checkpoint / "adapter_config.json").write_text(json.dumps(adapter))
+    write_payload(checkpoint / "adapter_model.bin", canary)
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
+        LOADERS[loader](as_spec(checkpoint))
+    assert not canary.exists()

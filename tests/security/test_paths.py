@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
+from payload import write_payload
 from tiny_recipe import write_recipe
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import report_cases
 from study_cases import BASE, STUDY
+from vocabridge.checkpoint_files import seal
 from vocabridge.cli import app
 from vocabridge.durable import open_to_append
 from vocabridge.errors import UserError
@@ -214,3 +216,19 @@ def test_a_run_folder_that_is_a_link_is_emptied_like_any_other(tmp_path: Path, f
     assert (folder / "run").is_symlink(), "the user's own link stays"
     assert (tmp_path / "scratch" / "model.safetensors").is_file()
     assert not (tmp_path / "scratch" / "checkpoint-77").exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_the_state_of_a_strangers_checkpoint_runs_nothing(tmp_path: Path, finished: Path, name: str) -> None:
+    """A resumption reads what torch.save wrote; it takes tensors and numbers from it, and nothing that could run."""
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    checkpoint = folder / "run" / "checkpoint-2"
+    assert (checkpoint / name).is_file()
+    write_payload(checkpoint / name, tmp_path / "canary")
+    write_payload(checkpoint / "training_args.bin", tmp_path / "canary")
+    seal(checkpoint)
+    here = [f"training.output_dir={folder}/run", "evaluation=null", "training.max_steps=3"]
+    (folder / "run" / "recipe.yaml").unlink()
+    with pytest.raises(UserError, match=r"checkpoint-2: its optimizer.* could run any code and is not read"):
+        run_recipe(folder / "recipe.yaml", *here, resume=True)
+    assert not (tmp_path / "canary").exists()
