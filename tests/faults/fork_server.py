@@ -149,9 +149,11 @@ def main() -> None:
     import torch
 
     import vocabridge.analysis.analyze
+    import vocabridge.cli
     import vocabridge.evaluation.evaluate
     import vocabridge.report.page
     import vocabridge.run
+    import vocabridge.study.child
     import vocabridge.study.results
     import vocabridge.study.runner  # noqa: F401
 
