@@ -71,8 +71,17 @@ class Ranks:
         self._send(key, value)
         return value
 
+    def wait(self) -> None:
+        """Return when all processes have called this, however long that takes."""
+        call = next(self._calls)
+        if self._store is None:
+            return
+        self._store.set(f"{call}/{self.rank}", "")
+        for rank in range(self.world_size):
+            self._wait_for(f"{call}/{rank}")
+
     def check_same(self, value: object, what: str) -> None:
-        """Compare a small value with that of the first process.
+        """Compare a small value with that of the first process; returns when all have found theirs the same.
 
         Raises:
             UserError: they differ, as on machines with other files.
@@ -82,6 +91,7 @@ class Ranks:
                 f"{what} are not the same on process {self.rank} as on the first one; give all processes the same "
                 "files and the same kind of device."
             )
+        self.wait()
 
     def spread(self, items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[tuple[int, Result]]:
         """Do the work for every item once, on whichever process is free.
