@@ -32,7 +32,9 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 TEXTS = st.one_of(
     texts,
-    st.lists(st.one_of(st.sampled_from(ATOMS), st.text(st.characters(), max_size=3)), max_size=8).map("".join),
+    st.lists(
+        st.one_of(st.sampled_from([*ATOMS, "\ud83d", "\udfff"]), st.text(st.characters(), max_size=3)), max_size=8
+    ).map("".join),
     st.builds(lambda text, times: text * times, st.text(min_size=1, max_size=3), st.integers(1, 40)),
     st.lists(st.sampled_from([*tokenizer_zoo.CORPUS, " ", "\n"]), max_size=2).map("".join),
 )

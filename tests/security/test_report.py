@@ -167,7 +167,7 @@ STRANGE: dict[str, tuple[str, str]] = {
     "a recipe that makes objects": ("recipe.yaml", "a: !!python/object/apply:os.mkdir [CANARY]"),
     "a recipe with a date that is none": ("recipe.yaml", "a: !!timestamp 2020-99-99"),
     "a recipe that holds itself": ("recipe.yaml", "a: &a [*a]"),
-    "a deep recipe": ("recipe.yaml", "a: " + "[" * 5000),
+    "a deep recipe": ("recipe.yaml", "a: " + "[" * 1500),
     "a recipe that unfolds": ("recipe.yaml", BOMB),
     "a recipe without a student": ("recipe.yaml", "teacher: {model: x}\ndata: {train: y}\n"),
     "a deep record": ("run.json", '{"a":' * 50_000),
