@@ -1,0 +1,52 @@
+"""Two processes with gloo are started once; the tests of this folder read what they wrote."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import data_parallel_cases as cases
+
+
+@dataclass(frozen=True)
+class TwoProcesses:
+    """What the cases of worker.py wrote; each result is a list, one entry a rank."""
+
+    folder: Path
+    results: list[dict[str, Any]]
+    losses_of_one: dict[int, float]
+    """Of one process, which keeps its checkpoint after two of four steps in ``one``."""
+
+    def __getitem__(self, case: str) -> list[Any]:
+        found = [rank[case] for rank in self.results]
+        assert not any("error" in result for result in found), found
+        return found
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> TwoProcesses:
+    gc.freeze()  # accelerate collects garbage after each training, among all objects of all packages
+    folder = tmp_path_factory.mktemp("distributed")
+    cases.write_inputs(folder)
+    alone = cases.trainer(folder / "one", cases.GAN, num_processes=1, max_steps=4, save_strategy="steps", save_steps=2)
+    alone.train()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run(
+        [*launcher, str(Path(__file__).with_name("worker.py")), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    return TwoProcesses(folder, ranks, cases.losses(alone.state.log_history))
