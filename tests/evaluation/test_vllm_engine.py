@@ -206,6 +206,8 @@ def test_specs_that_vllm_cannot_serve_are_refused(student: ModelSpec, tmp_path: 
     for change, words in ({"quantization": "4bit"}, "quantization"), ({"device": "cpu"}, "chooses its device itself"):
         with pytest.raises(UserError, match=words):
             check_vllm(student.model_copy(update=change))
+    with pytest.raises(UserError, match="in one process"):
+        check_vllm(student, num_processes=2)
     (Path(student.model) / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="merge it into its base model"):
         check_vllm(student)
