@@ -106,7 +106,7 @@ def test_the_last_whole_one_is_taken_and_damaged_ones_are_named(
     assert "going on from" in caplog.text
     for step in (2, 9):
         (tmp_path / f"checkpoint-{step}" / FILES_RECORD).write_text("{")
-    with pytest.raises(UserError, match=r"no checkpoint is whole \(checkpoint-11: .*; checkpoint-10: empty is missing;"):
+    with pytest.raises(UserError, match=r"no checkpoint is whole \(checkpoint-11: .*; checkpoint-10: empty is miss"):
         last_whole_checkpoint(tmp_path)
 
 
