@@ -40,6 +40,15 @@ def assert_same_files(folder: Path, expected: Path):
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As each of two processes has: sums by several threads differ in their last digit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def evaluation_of_one(two_processes, tmp_path_factory):
     output = tmp_path_factory.mktemp("alone") / "evaluation"
