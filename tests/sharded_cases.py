@@ -50,7 +50,7 @@ def trainer(
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
-        "diagnostics_steps": 2,
+        "diagnostics_steps": 0,
         "diagnostics_examples": 4,
         "ddp_backend": "gloo" if num_processes > 1 else None,
         "fsdp": fsdp or None,

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from vocabridge.checkpoint_files import retire
 from vocabridge.distillation_model import DistillationModel
@@ -23,14 +22,7 @@ from vocabridge.errors import UserError
 from vocabridge.objectives.base import Objective
 from vocabridge.resuming import ResumableTrainer
 from vocabridge.saving import STAGING, load_parts, publish, save_parts, staged_folder
-from vocabridge.sharded_state import (
-    SHARDED_OPTIMIZER,
-    WHOLE_OPTIMIZER,
-    gather_weights,
-    load_sharded_optimizer,
-    load_weights,
-    shard_optimizer,
-)
+from vocabridge.sharded_state import gather_optimizer, gather_weights, load_optimizer, load_weights
 from vocabridge.sharding import is_sharded
 
 METRICS_FILE = "metrics.jsonl"
@@ -158,13 +150,14 @@ class CheckpointingTrainer(ResumableTrainer):
                 self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Under FSDP the optimizer's pieces only: the weights are saved whole already."""
+        """Whole under FSDP too; DeepSpeed writes its own format."""
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save:
+        keep, optimizer = self.args.should_save, cast(torch.optim.Optimizer, self.optimizer)
+        state = gather_optimizer(optimizer, device=self.args.device, keep=keep)
+        if keep:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(cast(LRScheduler, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     # --- read ---------------------------------------------------------------------------------------------------------
@@ -200,20 +193,19 @@ class CheckpointingTrainer(ResumableTrainer):
             self._load_weights(Path(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """From whichever form of the optimizer's state the checkpoint has."""
+        """As ``transformers`` does, into an optimizer of FSDP too."""
         if checkpoint is None:
             return
         folder = Path(checkpoint)
         if self.is_world_process_zero():
             self._rewind_metrics(folder)
-        optimizer = cast(torch.optim.Optimizer, self.optimizer)
-        if (folder / SHARDED_OPTIMIZER).is_dir():
-            load_sharded_optimizer(self.distillation_model, optimizer, folder)
-        elif self.is_fsdp_enabled and (folder / WHOLE_OPTIMIZER).is_file():
-            shard_optimizer(self.distillation_model, optimizer, folder)
-        else:
+        if not self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        if not (folder / OPTIMIZER_NAME).is_file():  # of save_only_model; the base would read a folder of pickles
+            return
+        optimizer = cast(torch.optim.Optimizer, self.optimizer)
+        load_optimizer(self.distillation_model, optimizer, folder / OPTIMIZER_NAME)
         schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
         cast(LRScheduler, self.lr_scheduler).load_state_dict(schedule)
 

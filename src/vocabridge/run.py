@@ -93,9 +93,9 @@ def _distill(recipe: Recipe, ranks: Ranks, *, resume: bool, overwrite: bool) -> 
     trainer.check_models()
     ranks.wait()
     # Only now, when nothing in the recipe can be wrong any more, is the folder emptied or written to.
-    ranks.on_first(
-        lambda: _claim(run_dir, recipe, seed=arguments.seed, overwrite=overwrite, is_fresh=checkpoint is None)
-    )
+    facts = {"engine": trainer.accelerator.distributed_type.value, "num_processes": arguments.world_size}
+    facts |= {"seed": arguments.seed, "objective": recipe.objective.name}
+    ranks.on_first(lambda: _claim(run_dir, recipe, facts, overwrite=overwrite, is_fresh=checkpoint is None))
     _train(trainer, None if checkpoint is None else str(checkpoint))
     steps = trainer.state.global_step
     if trainer.interrupt.interrupted:
@@ -149,7 +149,7 @@ def _final_weights(trainer: DistillationTrainer, state: TrainerState, last: Path
     return best
 
 
-def _claim(run_dir: Path, recipe: Recipe, *, seed: int, overwrite: bool, is_fresh: bool) -> None:
+def _claim(run_dir: Path, recipe: Recipe, facts: dict[str, Any], *, overwrite: bool, is_fresh: bool) -> None:
     """Write into the folder whose it is, before anything else is in it.
 
     Raises:
@@ -160,7 +160,7 @@ def _claim(run_dir: Path, recipe: Recipe, *, seed: int, overwrite: bool, is_fres
             _empty(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         write_in_one_piece(run_dir / _RECIPE_FILE, recipe.resolved_yaml())
-        write_run_record(run_dir, seed=seed, objective=recipe.objective.name)
+        write_run_record(run_dir, **facts)
         if is_fresh:  # of a run that was killed before its first checkpoint: its steps are about to be trained again
             (run_dir / METRICS_FILE).unlink(missing_ok=True)
     except OSError as error:

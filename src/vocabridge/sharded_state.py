@@ -1,8 +1,8 @@
-"""Weights and optimizer states of a run in forms that another number of processes, or another engine, can take.
+"""Weights and optimizer states that FSDP2 holds in pieces, whole in files and back again.
 
-Weights are always whole: the student's checkpoint and ``objective.safetensors``. The optimizer's state has two forms:
-the file ``optimizer.pt``, whole and by number, from one process and from data parallelism; and the folder
-``optimizer_0``, in pieces and by parameter name, from FSDP2. Either kind of run reads both.
+A checkpoint has the same files under FSDP2 as from one process, so either goes on from the other's: the student's
+checkpoint, ``objective.safetensors`` and ``optimizer.pt``. PyTorch's own format for pieces is not used because its
+metadata are a pickle, which would run whatever a stranger's checkpoint says.
 """
 
 from __future__ import annotations
@@ -11,25 +11,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils.constants import OPTIMIZER_NAME
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed import checkpoint as distributed_checkpoint
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 from vocabridge.distillation_model import DistillationModel
 from vocabridge.errors import UserError
 from vocabridge.saving import ADAPTER_FILE, existing, objective_state, student_state
-
-WHOLE_OPTIMIZER = "optimizer.pt"
-SHARDED_OPTIMIZER = f"{OPTIMIZER_NAME}_0"
 
 
 def gather_weights(model: DistillationModel, *, device: torch.device, keep: bool) -> dict[str, Tensor]:
@@ -50,8 +40,7 @@ def gather_weights(model: DistillationModel, *, device: torch.device, keep: bool
         if identity in frozen:
             continue  # only the adapter is saved
         if identity not in gathered:  # tied weights stay tied
-            whole = cast(DTensor, value.to(device)).full_tensor() if isinstance(value, DTensor) else value
-            gathered[identity] = whole.cpu() if keep else whole.new_empty(0)
+            gathered[identity] = _whole(value, device, keep=keep)
         state[name] = gathered[identity]
     return state if keep else {}
 
@@ -78,39 +67,49 @@ def _adapter_state(student: PeftModel, folder: Path) -> dict[str, Tensor]:
     return {names[name]: value for name, value in load_file(existing(folder / ADAPTER_FILE)).items()}
 
 
-def load_sharded_optimizer(model: DistillationModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Read the state that FSDP2 wrote, into an optimizer of any engine; all ranks must call it.
+def gather_optimizer(optimizer: torch.optim.Optimizer, *, device: torch.device, keep: bool) -> dict[str, Any]:
+    """The state of an optimizer of FSDP2, as one process would have it; all ranks must call it.
 
     Args:
-        model: whose parameters the optimizer holds, not a wrapper around it.
-        optimizer: of the coming steps.
-        folder: a checkpoint.
+        optimizer: of parameters in pieces.
+        device: where ranks talk to each other.
+        keep: False on ranks that do not save; their result has no numbers.
     """
-    options = StateDictOptions(cpu_offload=True)
-    state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
-    reader = distributed_checkpoint.FileSystemReader(folder / SHARDED_OPTIMIZER)
-    distributed_checkpoint.load(state, storage_reader=reader)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    pieces = optimizer.state_dict()
+    state = {
+        number: {
+            name: _whole(value, device, keep=keep) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+        for number, values in pieces["state"].items()
+    }
+    return {"state": state, "param_groups": pieces["param_groups"]}
 
 
-def shard_optimizer(model: DistillationModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Read the whole state that one process or data parallelism wrote, into an optimizer of FSDP2.
+def load_optimizer(model: DistillationModel, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Read the whole state of an optimizer into one of FSDP2; every rank reads the file, of which it keeps its piece.
 
     Args:
         model: whose parameters the optimizer holds.
         optimizer: of the coming steps.
-        folder: a checkpoint.
+        path: ``optimizer.pt`` of a checkpoint of any engine but DeepSpeed.
 
     Raises:
         UserError: it is the state of other parameters.
     """
-    saved: dict[str, Any] = torch.load(folder / WHOLE_OPTIMIZER, map_location="cpu", weights_only=True)
+    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     # Numbers count the parameters group by group, and the groups are made in the same order in every run.
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     if len(order) != sum(len(group["params"]) for group in saved["param_groups"]):
-        raise UserError(f"{folder / WHOLE_OPTIMIZER} is of other parameters; resume with the recipe that wrote it.")
+        raise UserError(f"{path} is of other parameters; resume with the recipe that wrote it.")
     groups = [{**group, "params": [order[number] for number in group["params"]]} for group in saved["param_groups"]]
     state = {order[number]: values for number, values in saved["state"].items()}
     named: dict[str, Any] = {"state": state, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))
+
+
+def _whole(value: Tensor, device: torch.device, *, keep: bool) -> Tensor:
+    """On the CPU; empty where it is not kept."""
+    whole = cast(DTensor, value.to(device)).full_tensor() if isinstance(value, DTensor) else value
+    return whole.cpu() if keep else whole.new_empty(0)

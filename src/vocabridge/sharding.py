@@ -93,8 +93,6 @@ def use_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -
         if accelerator.mixed_precision != "no":
             plugin.set_mixed_precision(accelerator.mixed_precision)
     used = cast(FullyShardedDataParallelPlugin, state.fsdp_plugin)
-    used.state_dict_config = used.optim_state_dict_config = None
-    used.set_state_dict_type("SHARDED_STATE_DICT")  # of the optimizer; the student is always saved whole
     policy = used.mixed_precision_policy
     if isinstance(policy, MixedPrecisionPolicy):
         used.mixed_precision_policy = MixedPrecisionPolicy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sharded_cases as cases
 from tiny_pair import student_model
+from vocabridge.errors import UserError
 
 
 def assert_close(found, expected, *, rel=1e-4):
@@ -77,7 +79,17 @@ def test_an_adapter_is_saved_alone_and_fits_its_base(two_processes, tiny_bpe_tok
     assert all(float(p.abs().max()) > 0 for p in learned)
 
 
-def test_probe_and_evaluation_see_whole_parameters(two_processes):
+def test_evaluation_counts_each_row_once(two_processes, tmp_path):
+    alone = cases.trainer(tmp_path, "cross_entropy", num_processes=1, evaluate=True)
+    alone.train()
+    expected = alone.evaluate()["eval_loss"]
+    for engine in ("ddp", "fsdp"):  # under DDP one batch takes all rows, so that one rank has none
+        evaluated = [entry for entry in two_processes["best"][engine]["log"] if "eval_loss" in entry]
+        assert [entry["step"] for entry in evaluated] == [1, 2, 3, 4]
+        assert evaluated[-1]["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_probe_sees_whole_parameters(two_processes):
     ddp, fsdp = (two_processes["gan"][engine]["log"] for engine in ("ddp", "fsdp"))
     probes = [[entry for entry in log if "probe/mmd_squared" in entry] for log in (fsdp, ddp)]
     assert [entry["step"] for entry in probes[0]] == [0, 2, 4]
@@ -102,8 +114,7 @@ def test_bf16_stays_near_data_parallelism_and_keeps_float32_weights(two_processe
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", ["ddp", "fsdp"])
-@pytest.mark.parametrize("second", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("first", "second"), [("ddp", "fsdp"), ("fsdp", "ddp"), ("fsdp", "fsdp")])
 def test_either_engine_goes_on_from_the_others_checkpoint(two_processes, first, second):
     results = two_processes["resumed"]
     whole, resumed = cases.losses(results[first]["log"]), cases.losses(results[f"{first}-{second}"]["log"])
@@ -123,10 +134,19 @@ def test_one_process_goes_on_from_two(two_processes, tmp_path):
 def test_a_checkpoint_is_whole_and_holds_no_weights_twice(two_processes):
     checkpoint = two_processes.folder / "resumed" / "fsdp" / "checkpoint-2"
     names = {path.name for path in checkpoint.iterdir()}
-    assert {"model.safetensors", "objective.safetensors", "optimizer_0", "scheduler.pt"} <= names
+    assert {"model.safetensors", "objective.safetensors", "optimizer.pt", "scheduler.pt"} <= names
     assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= names
-    assert not any(name.startswith("pytorch_model") for name in names)
+    assert not any(path.is_dir() for path in checkpoint.iterdir())
+    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    whole = sum(numbers[1] for numbers in two_processes["resumed"]["fsdp"]["pieces"].values())
+    assert sum(state["exp_avg"].numel() for state in states.values()) == whole
     assert not list(two_processes.folder.rglob(".saving"))
+
+
+def test_an_optimizer_in_pickled_pieces_is_not_read(two_processes):
+    found = two_processes["foreign_pieces"]
+    assert not found["was_unpickled"]
+    assert set(cases.losses(found["log"])) == {1, 2, 3, 4}, "the weights are resumed all the same"
 
 
 def test_the_best_checkpoint_is_kept_and_loaded(two_processes):
@@ -136,6 +156,16 @@ def test_the_best_checkpoint_is_kept_and_loaded(two_processes):
         assert Path(result["best"]) == run / "checkpoint-1"
         assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
         assert_same_files(run, run / "checkpoint-1", "model.safetensors", atol=0)
+
+
+def test_a_checkpoint_of_deepspeed_is_refused_elsewhere(two_processes, tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(two_processes.folder / "resumed" / "ddp" / "checkpoint-2", checkpoint)
+    trainer = cases.trainer(tmp_path / "run", cases.GAN, num_processes=1)
+    trainer.check_engine_of(checkpoint)
+    (checkpoint / "latest").write_text("global_step2", encoding="utf-8")
+    with pytest.raises(UserError, match="written under DeepSpeed"):
+        trainer.check_engine_of(checkpoint)
 
 
 @pytest.mark.parametrize("where", ["weights", "optimizer"])

@@ -179,7 +179,8 @@ def test_accelerate_launch_trains_an_adapter_under_fsdp(tmp_path, tiny_bpe_token
     )
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "run"
-    assert (run / "checkpoint-2" / "optimizer_0").is_dir(), "FSDP did not train this"
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert (record["engine"], record["num_processes"]) == ("FSDP", 2)
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     merged, base = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (run, tmp_path / "student"))
     assert merged.keys() == base.keys()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +20,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import sharded_cases as cases
 import vocabridge.checkpointing
+from vocabridge.checkpoint_files import seal
 from vocabridge.errors import UserError
 from vocabridge.trainer import DistillationTrainer
 
@@ -67,7 +71,7 @@ def resumed(folder: Path) -> dict[str, Any]:
         options = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-3}
         whole = trained(cases.trainer(folder / first, cases.GAN, fsdp=first == "fsdp", **options))
         result[first] = whole
-        for second in ("ddp", "fsdp"):
+        for second in ("ddp", "fsdp")[first == "ddp" :]:
             trainer = cases.trainer(folder / f"{first}-{second}", cases.GAN, fsdp=second == "fsdp", learning_rate=3e-3)
             checkpoint = str(folder / first / "checkpoint-2")
             result[f"{first}-{second}"] = trained(trainer, resume_from_checkpoint=checkpoint)
@@ -121,9 +125,33 @@ def failed_save(folder: Path) -> dict[str, Any]:
     return told
 
 
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def foreign_pieces(folder: Path) -> dict[str, Any]:
+    """A checkpoint whose optimizer comes in PyTorch's own format for pieces, with code in its pickle."""
+    checkpoint, mark = folder / "checkpoint-2", folder / "was_unpickled"
+    if torch.distributed.get_rank() == 0:
+        shutil.copytree(folder.parent / "resumed" / "fsdp" / "checkpoint-2", checkpoint)
+        (checkpoint / "optimizer.pt").unlink()
+        (checkpoint / "optimizer_0").mkdir()
+        (checkpoint / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(Payload(mark)))
+        seal(checkpoint)
+    torch.distributed.barrier()
+    trainer = cases.trainer(folder / "run", cases.GAN, fsdp=True)
+    return {**trained(trainer, resume_from_checkpoint=str(checkpoint)), "was_unpickled": mark.exists()}
+
+
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **{
-        name: both_engines(objective, gradient_accumulation_steps=2, evaluate=name == "gan")
+        name: both_engines(objective, gradient_accumulation_steps=2, diagnostics_steps=2 if name == "gan" else 0)
         for name, objective in cases.OBJECTIVES.items()
     },
     "checkpointing": both_engines(cases.GAN, activation_checkpointing=True),
@@ -131,6 +159,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "untied": both_engines(cases.GAN, tied=False),
     "lora": both_engines(cases.GAN, lora=True, learning_rate=1e-2),
     "resumed": resumed,
+    "foreign_pieces": foreign_pieces,
     "best": best,
     "failed_save": failed_save,
 }
