@@ -16,3 +16,8 @@ def visible(text: str) -> str:
     two\nlines, \x1b[31mred
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message without line breaks, cut to 400 characters; of an error without one its type's name."""
+    return " ".join(str(error).split())[:400] or type(error).__name__

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from vocabridge.errors import UserError
+from vocabridge.errors import UserError, one_line
 from vocabridge.preemption import Preempted
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def _connected() -> Ranks:
     try:
         store, rank, world_size = next(iter(rendezvous("env://")))
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"the launcher's processes cannot find each other: {' '.join(str(error).split())}") from error
+        raise UserError(f"the launcher's processes cannot find each other: {one_line(error)}") from error
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
     return Ranks(rank, world_size, PrefixStore(f"vocabridge/{next(_connections)}", store))

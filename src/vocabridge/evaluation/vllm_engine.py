@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..models.checkpoint import find_checkpoint
 from ..models.dtypes import dtype_name
 from ..models.spec import Dtype, ModelSpec
@@ -132,7 +132,7 @@ class VllmEngine:
                 generation_config="vllm",  # none of the defaults that a checkpoint brings along
             )
         except (ValueError, RuntimeError, ImportError, OSError) as error:
-            raise UserError(f"vllm cannot load '{spec.model}': {' '.join(str(error).split())[:400]}") from error
+            raise UserError(f"vllm cannot load '{spec.model}': {one_line(error)}") from error
 
     def _sampling_params(self, seed: int, index: int) -> Any:
         import vllm

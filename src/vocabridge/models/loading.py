@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from vocabridge.alignment import check_tokenizer_file
-from vocabridge.errors import UserError
+from vocabridge.errors import UserError, one_line
 from vocabridge.models.checkpoint import Checkpoint, check_weight_files, find_checkpoint
 from vocabridge.models.dtypes import dtype_name, fast_dtype, tell_choice
 from vocabridge.models.lora import add_lora
@@ -284,7 +284,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA fails an assertion
-        raise UserError(f"device '{name}' is not available here: {_one_line(error)}") from error
+        raise UserError(f"device '{name}' is not available here: {one_line(error)}") from error
     return device
 
 
@@ -295,8 +295,4 @@ def _as_user_error(what: str) -> Iterator[None]:
     except _LOAD_ERRORS as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{what}: {_NEEDS_CODE if 'trust_remote_code' in str(error) else _one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
+        raise UserError(f"{what}: {_NEEDS_CODE if 'trust_remote_code' in str(error) else one_line(error)}") from error

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from vocabridge.assembly import build_objective
-from vocabridge.errors import UserError
+from vocabridge.errors import UserError, one_line
 from vocabridge.models.capture import decoder_layers
 from vocabridge.models.checkpoint import find_checkpoint
 from vocabridge.models.dtypes import fast_dtype
@@ -100,7 +100,7 @@ def model_of(spec: ModelSpec, side: Side, *, on_cpu: bool) -> Any:
     except (ValueError, ImportError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"'{spec.model}': no model can be built from its configuration: {_one_line(error)}") from error
+        raise UserError(f"'{spec.model}': no model can be built from its configuration: {one_line(error)}") from error
 
 
 def _as_built(spec: ModelSpec) -> ModelSpec:
@@ -122,7 +122,7 @@ def read_config(spec: ModelSpec) -> PretrainedConfig:
         return AutoConfig.from_pretrained(checkpoint.name, **options)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         what = "config.json" if checkpoint.gguf_file is None else "the header of the GGUF file"
-        raise UserError(f"'{spec.model}': {what} cannot be read, which a plan needs: {_one_line(error)}") from error
+        raise UserError(f"'{spec.model}': {what} cannot be read, which a plan needs: {one_line(error)}") from error
 
 
 def empty_model(
@@ -237,10 +237,6 @@ def _dtype(spec: ModelSpec, config: PretrainedConfig, side: Side, *, on_cpu: boo
     if (side == "student" and spec.lora is None) or not isinstance(stored, torch.dtype):
         return torch.float32
     return fast_dtype(stored, torch.device("cpu")) if on_cpu else stored
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def num_elements(parameters: Sequence[torch.Tensor]) -> int:
