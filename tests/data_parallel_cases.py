@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import tokenizer_zoo
-from tiny_pair import OBJECTIVE_SETTINGS, ROWS, student_model, teacher_model
+from tiny_pair import OBJECTIVE_SETTINGS, ROWS, save, student_model, teacher_model
 from vocabridge.objectives import objective_info, objective_names
 from vocabridge.trainer import DistillationTrainer
 from vocabridge.training_arguments import DistillationConfig
@@ -131,9 +131,8 @@ def write_inputs(folder: Path) -> None:
     bpe, sentencepiece = byte_level_bpe(), sentencepiece_bpe()
     student, teacher = student_model(bpe, tied=False), teacher_model(sentencepiece)
     student.lm_head.weight.data[bpe.eos_token_id] *= 10  # some answers end, after different numbers of tokens
-    for name, model, tokenizer in (("student", student, bpe), ("teacher", teacher, sentencepiece)):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    save(folder / "student", student, bpe)
+    save(folder / "teacher", teacher, sentencepiece)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder)), encoding="utf-8")
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from tiny_pair import ROWS, student_model, teacher_model
+from tiny_pair import ROWS, save, student_model, teacher_model
 from vocabridge import cache_teacher as module
 from vocabridge import cli
 from vocabridge.cache_teacher import Processes, cache_teacher
@@ -42,8 +42,7 @@ def teacher_folder(
     tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece_tokenizer: PreTrainedTokenizerFast
 ) -> Path:
     folder = tmp_path_factory.mktemp("models") / "teacher"
-    teacher_model(tiny_sentencepiece_tokenizer).save_pretrained(folder)
-    tiny_sentencepiece_tokenizer.save_pretrained(folder)
+    save(folder, teacher_model(tiny_sentencepiece_tokenizer), tiny_sentencepiece_tokenizer)
     return folder
 
 
@@ -312,8 +311,7 @@ def test_a_killed_command_goes_on_where_it_stopped(
 
 @pytest.fixture
 def recipe_file(tmp_path: Path, teacher_folder: Path, tiny_bpe_tokenizer: PreTrainedTokenizerFast) -> Path:
-    student_model(tiny_bpe_tokenizer).save_pretrained(tmp_path / "student")
-    tiny_bpe_tokenizer.save_pretrained(tmp_path / "student")
+    save(tmp_path / "student", student_model(tiny_bpe_tokenizer), tiny_bpe_tokenizer)
     lines = [json.dumps(row) + "\n" for row in ROWS]
     (tmp_path / "train.jsonl").write_text("".join(lines[:6]), encoding="utf-8")
     (tmp_path / "dev.jsonl").write_text("".join(lines[6:]), encoding="utf-8")

@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiny_pair import ROWS, student_model, teacher_model
+from tiny_pair import ROWS, save_pair
 from vocabridge.errors import UserError
 from vocabridge.recipe import load_recipe
 from vocabridge.run import distill
@@ -20,12 +20,7 @@ from vocabridge.run import distill
 
 @pytest.fixture
 def recipe_file(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
-    for name, model, tokenizer in [
-        ("student", student_model(tiny_bpe_tokenizer), tiny_bpe_tokenizer),
-        ("teacher", teacher_model(tiny_sentencepiece_tokenizer), tiny_sentencepiece_tokenizer),
-    ]:
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+    save_pair(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer)
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
     (tmp_path / "train.jsonl").write_text(lines, encoding="utf-8")
     values = {

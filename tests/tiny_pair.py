@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 ROWS = [
     {"prompt": "What is the capital of France?\n", "response": "The capital of France is Paris."},
@@ -61,3 +70,14 @@ def teacher_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 1) -> Mistr
             pad_token_id=tokenizer.pad_token_id,
         )
     ).eval()
+
+
+def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_pair(folder: Path, student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast) -> None:
+    """Both models with their tokenizers, in the folders ``student`` and ``teacher``."""
+    save(folder / "student", student_model(student), student)
+    save(folder / "teacher", teacher_model(teacher), teacher)

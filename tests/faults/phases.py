@@ -17,7 +17,7 @@ import yaml
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerFast
 
-from tiny_pair import ROWS, student_model, teacher_model
+from tiny_pair import ROWS, save_pair
 
 from .starts import Ended, Fault, ForkServer
 
@@ -29,12 +29,7 @@ TIMES = ("runtime", "per_second", "total_flos", "train_loss")
 
 def write_models(folder: Path, student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast) -> None:
     """Models, data, a recipe and a study."""
-    for name, model, tokenizer in (
-        ("student", student_model(student), student),
-        ("teacher", teacher_model(teacher), teacher),
-    ):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    save_pair(folder, student, teacher)
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
     for name in ("train", "test"):
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")

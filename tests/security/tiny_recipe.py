@@ -9,18 +9,13 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from tiny_pair import ROWS, student_model, teacher_model
+from tiny_pair import ROWS, save_pair
 
 
 def write_recipe(
     folder: Path, student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, **training: Any
 ) -> Path:
-    for name, model, tokenizer in (
-        ("student", student_model(student), student),
-        ("teacher", teacher_model(teacher), teacher),
-    ):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    save_pair(folder, student, teacher)
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]), encoding="utf-8")
     values = {
         "data": {"train": "train.jsonl", "max_length": 64},

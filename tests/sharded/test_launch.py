@@ -16,7 +16,7 @@ from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from tiny_pair import ROWS, student_model, teacher_model
+from tiny_pair import ROWS, save_pair
 from vocabridge.errors import UserError
 from vocabridge.sharding import check_engine, fsdp_plugin
 
@@ -143,12 +143,7 @@ def test_without_a_launcher_nothing_is_sharded(tmp_path, engine_environment):
 
 @pytest.mark.slow
 def test_accelerate_launch_trains_an_adapter_under_fsdp(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
-    for name, model, tokenizer in [
-        ("student", student_model(tiny_bpe_tokenizer), tiny_bpe_tokenizer),
-        ("teacher", teacher_model(tiny_sentencepiece_tokenizer), tiny_sentencepiece_tokenizer),
-    ]:
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+    save_pair(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     recipe = {
         "data": {"train": "train.jsonl", "max_length": 128},

@@ -17,7 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from study_cases import WriteStudy, finish
-from tiny_pair import ROWS, student_model, teacher_model
+from tiny_pair import ROWS, save_pair
 from vocabridge import cli
 from vocabridge.study.plan import load_study
 
@@ -28,12 +28,7 @@ EXAMPLES = {"test": {10: [0.5, 1.0, 0.25], 20: [0.5, 0.0, 0.75]}}
 def tiny_study(
     tmp_path: Path, tiny_bpe_tokenizer: PreTrainedTokenizerFast, tiny_sentencepiece_tokenizer: PreTrainedTokenizerFast
 ) -> Path:
-    for name, model, tokenizer in [
-        ("student", student_model(tiny_bpe_tokenizer), tiny_bpe_tokenizer),
-        ("teacher", teacher_model(tiny_sentencepiece_tokenizer), tiny_sentencepiece_tokenizer),
-    ]:
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+    save_pair(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer)
     for name in ("train", "unlike"):
         lines = "".join(json.dumps(row) + "\n" for row in ROWS)
         (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
