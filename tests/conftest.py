@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).parent))  # importlib mode leaves the path al
 
 import real_tokenizers
 import tokenizer_zoo
+from tiny_pair import save, teacher_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,6 +33,16 @@ def tiny_bpe_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     """SentencePiece-style BPE with byte fallback and a prefix marker (Llama 2), 800 tokens, with pad, eos, bos, unk."""
     return tokenizer_zoo.sentencepiece_bpe()
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """The tiny teacher with its tokenizer, as a checkpoint."""
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    save(folder, teacher_model(tiny_sentencepiece_tokenizer), tiny_sentencepiece_tokenizer)
+    return folder
 
 
 @pytest.fixture(scope="session")
