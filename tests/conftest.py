@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ sys.path.append(str(Path(__file__).parent))  # importlib mode leaves the path al
 import real_tokenizers
 import tokenizer_zoo
 from tiny_pair import save, teacher_model
+
+gc.freeze()  # accelerate collects garbage for every trainer; torch's and transformers' million objects are none
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 OUTPUT = Path("build/study/data")
 MAX_PROMPT_BYTES = 480
 MAX_RESPONSE_BYTES = 320
-ROWS = {"teacher": 960, "train": 480, "dolly": 100, "self-instruct": 100}
+ROWS = {"teacher": 960, "train": 192, "dolly": 64, "self-instruct": 64}
 
 
 def main() -> None:
