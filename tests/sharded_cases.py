@@ -23,6 +23,16 @@ OBJECTIVES: dict[str, Any] = {
 }
 
 
+READ_FROM_THE_TEACHER: dict[str, Any] = {
+    "last states": GAN,
+    "inner states": OBJECTIVES["hidden_state"],
+    "inner attention": {
+        "terms": [{"name": "cross_entropy", "weight": 0.5}, {"name": "attention_relations", "weight": 0.5}]
+    },
+}
+"""What a teacher is asked for, and an objective that asks."""
+
+
 def trainer(
     folder: Path,
     objective: Any,
@@ -32,6 +42,7 @@ def trainer(
     lora: bool = False,
     evaluate: bool = False,
     num_processes: int = 2,
+    teacher: bool = True,
     **arguments: Any,
 ) -> DistillationTrainer:
     """Eight rows a step on every number of processes."""
@@ -58,13 +69,13 @@ def trainer(
     }
     return DistillationTrainer(
         add_lora(student, LoraSpec(r=4)) if lora else student,
-        teacher_model(teacher_tokenizer),
+        teacher_model(teacher_tokenizer) if teacher else None,
         objective=objective,
         args=DistillationConfig(output_dir=str(folder), **options),
         train_dataset=ROWS,
         eval_dataset=ROWS[:5] if evaluate else None,
         student_tokenizer=student_tokenizer,
-        teacher_tokenizer=teacher_tokenizer,
+        teacher_tokenizer=teacher_tokenizer if teacher else None,
     )
 
 

@@ -216,7 +216,7 @@ class LengthGroupingTrainer(Trainer):
         if not isinstance(pairs, PairDataset):
             return super().get_eval_dataloader(eval_dataset)
         # Sharded models must run the same number of batches on every rank; otherwise no row needs to come twice.
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.shard_teacher
         batches = LengthGroupedBatches(
             pair_lengths(pairs),
             limits=_limits(self.args, self.args.eval_batch_size),

@@ -27,7 +27,7 @@ from vocabridge.evaluation.evaluate import evaluate_model
 from vocabridge.evaluation.results import EvaluationResult
 from vocabridge.model_card import write_model_card
 from vocabridge.models.cached_teacher import CachedTeacher
-from vocabridge.models.loading import load_student, load_teacher, load_tokenizer
+from vocabridge.models.loading import load_student, load_teacher, load_tokenizer, resolve_dtype
 from vocabridge.models.spec import ModelSpec
 from vocabridge.pairs import PairTokenizer, StreamingPairs
 from vocabridge.ranks import Ranks, launched_ranks
@@ -279,7 +279,7 @@ def _build_trainer(recipe: Recipe, arguments: DistillationConfig, ranks: Ranks) 
         examples = (training_examples or []) + (validation_examples or [])
         teacher = _cached_teacher(recipe.teacher, examples, arguments, teacher_tokenizer, ranks)
     elif recipe.teacher is not None:
-        teacher = load_teacher(recipe.teacher)
+        teacher = load_teacher(_on_cpu(recipe.teacher) if arguments.shard_teacher else recipe.teacher)
     return DistillationTrainer(
         student,
         teacher,
@@ -292,6 +292,11 @@ def _build_trainer(recipe: Recipe, arguments: DistillationConfig, ranks: Ranks) 
         student_tokenizer=student_tokenizer,
         teacher_tokenizer=teacher_tokenizer,
     )
+
+
+def _on_cpu(teacher: ModelSpec) -> ModelSpec:
+    """For a teacher of which the device shall hold a piece only; its type is still that of the device."""
+    return teacher.model_copy(update={"dtype": resolve_dtype(teacher), "device": "cpu"})
 
 
 def _read(sources: tuple[str, ...], limit: int | None) -> list[Example]:

@@ -43,6 +43,23 @@ def check_engine(args: TrainingArguments) -> None:
         _check_deepspeed(args.deepspeed_plugin)
 
 
+def check_shared_teacher(args: TrainingArguments) -> None:
+    """Early check of ``training.shard_teacher``.
+
+    Raises:
+        UserError: there is one process only, or an engine that does not go with it.
+    """
+    if args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError(
+            "training.shard_teacher needs several processes, each with its piece: accelerate launch --config_file "
+            "configs/ddp.yaml -m vocabridge distill RECIPE, or torchrun --nproc-per-node N; or leave it out."
+        )
+    if args.deepspeed_plugin is not None:
+        raise UserError("training.shard_teacher cannot be used with DeepSpeed; take DDP or FSDP2, or leave it out.")
+    if args.torch_compile:
+        raise UserError("training.shard_teacher cannot be used with torch_compile; leave one of them out.")
+
+
 def fsdp_plugin(args: TrainingArguments) -> FullyShardedDataParallelPlugin | None:
     """What ``training.fsdp`` or ``accelerate launch`` asks for; None without FSDP."""
     if args.fsdp_plugin_args is not None:

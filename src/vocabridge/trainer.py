@@ -31,6 +31,7 @@ from vocabridge.models.cached_teacher import CachedTeacher, teacher_signal
 from vocabridge.models.forward import check_head
 from vocabridge.models.loading import vocabulary_size
 from vocabridge.models.teacher import LiveTeacher, TeacherSignal
+from vocabridge.models.teacher_shards import share_layers
 from vocabridge.objectives.base import Objective
 from vocabridge.pairs import (
     IGNORE_INDEX,
@@ -135,6 +136,8 @@ class DistillationTrainer(CheckpointingTrainer):
         except (ValueError, ImportError, RuntimeError) as error:  # a tracker, optimizer or engine that is not there
             raise error if isinstance(error, UserError) else UserError(f"training: {error}") from error
         take_over_compilation(self.accelerator, built.layers, is_asked=args.torch_compile)
+        if args.shard_teacher:
+            self._share_teacher()
         if self.teacher is not None:
             self.teacher.to(args.device)
         if isinstance(self.teacher, CachedTeacher):
@@ -144,6 +147,14 @@ class DistillationTrainer(CheckpointingTrainer):
         self._checked = False
         if args.diagnostics_steps:
             self.add_callback(DiagnosticsCallback(self.measure_distributions, self.log))
+
+    def _share_teacher(self) -> None:
+        if not isinstance(self.teacher, LiveTeacher) or getattr(self.teacher.model, "is_quantized", False):
+            raise UserError(
+                "shard_teacher needs a teacher that runs in floating point: no teacher, a cached or a quantised one "
+                "has no layers that could be shared out; leave it out."
+            )
+        share_layers(self.teacher.model, self.args.device)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in ``transformers``; FSDP also on a CPU, and without rounding at the root."""

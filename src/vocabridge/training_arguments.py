@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from vocabridge.compilation import check_compilation
 from vocabridge.errors import UserError
 from vocabridge.prompts import Template
-from vocabridge.sharding import check_engine
+from vocabridge.sharding import check_engine, check_shared_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,13 @@ class DistillationConfig(TrainingArguments):
     diagnostics_examples: int = field(
         default=32, metadata={"help": "Training examples in the fixed set on which distributions are measured."}
     )
+    shard_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "Each process holds a piece of every layer of the teacher and gathers a layer when it runs; needs "
+            "several processes."
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always off: batches are plain tensors."})
 
     def __post_init__(self) -> None:
@@ -64,6 +71,8 @@ class DistillationConfig(TrainingArguments):
             raise UserError(f"training: {', '.join(unused)} cannot be used with distillation losses; leave it out.")
         self._check_batching()
         check_engine(self)
+        if self.shard_teacher:
+            check_shared_teacher(self)
         if self.torch_compile:
             check_compilation(str(self.torch_compile_backend), self.torch_compile_mode, self.device)
         for name in ("projector_learning_rate", "discriminator_learning_rate"):

@@ -32,6 +32,7 @@ STEP = Step(
     checkpoint_every=None,
     on_cpu=True,
     teacher_is_cached=False,
+    teacher_pieces=1,
     quantization=None,
     costs=("student head",),
 )

@@ -75,6 +75,18 @@ def test_cached_and_quantized_teachers(make_recipe: Any):
         assert found == pytest.approx(whole - linear + share * linear, abs=len(list(models.teacher.parameters())))
 
 
+def test_a_teacher_in_pieces(make_recipe: Any):
+    recipe = make_recipe(training={"shard_teacher": True})
+    models = planned_models(recipe)
+    assert models.teacher is not None
+    whole = teacher_weight_bytes(models.teacher, step_of(recipe, 1))
+    layers = [sum(value.nbytes for value in layer.parameters()) for layer in models.teacher.model.layers]
+    for ranks in (2, 4):
+        found = teacher_weight_bytes(models.teacher, step_of(recipe, ranks))
+        assert found == whole - sum(layers) + sum(layers) // ranks + 2 * layers[0]
+    assert teacher_weight_bytes(models.teacher, step_of(make_recipe(), 4)) == whole, "only where it is asked for"
+
+
 def test_changes_save_what_they_say(make_recipe: Any):
     recipe = make_recipe()
     plan = recipe_plan(recipe, world_size=2, device_memory=10**9)
@@ -85,7 +97,8 @@ def test_changes_save_what_they_say(make_recipe: Any):
         "teacher.cache=true",
         "student.lora.r=16",
         "--strategy fsdp2",
-    } - ({"student.lora.r=16"} - set(texts))  # adapters of rank 16 are larger than this student
+        "training.shard_teacher=true",
+    } - ({"student.lora.r=16", "training.shard_teacher=true"} - set(texts))  # which save nothing of models this small
     savings = [change.saving for change in plan.changes]
     assert savings == sorted(savings, reverse=True)
     assert all(change.fits for change in plan.changes)

@@ -55,6 +55,22 @@ def test_student_and_learned_parts_are_held_in_pieces(two_processes):
     assert held == pytest.approx(whole / 2, rel=0.01)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("asked", cases.READ_FROM_THE_TEACHER)
+def test_a_teacher_in_pieces_teaches_the_same(two_processes, asked, engine):
+    results = two_processes["shared_teacher"]
+    whole, shared = results[f"{asked} ddp whole"], results[f"{asked} {engine} shared"]
+    assert_close(cases.losses(shared["log"]), cases.losses(whole["log"]))
+    evaluated = [[entry["eval_loss"] for entry in each["log"] if "eval_loss" in entry] for each in (shared, whole)]
+    assert evaluated[0]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-4)
+    assert all(held == numbers for held, numbers in whole["teacher"].values())
+    in_layers = {name for name in whole["teacher"] if ".layers." in name}
+    assert in_layers
+    for name, (held, numbers) in shared["teacher"].items():
+        assert held == (numbers // 2 if name in in_layers else numbers), name
+
+
 def test_the_run_folder_is_a_plain_checkpoint(two_processes, tiny_bpe_tokenizer):
     run = two_processes.folder / "gan" / "fsdp"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)

@@ -16,9 +16,12 @@ from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+import sharded_cases as cases
 from tiny_pair import ROWS, save_pair
 from vocabridge.errors import UserError
+from vocabridge.recipe import recipe_from_values
 from vocabridge.sharding import check_engine, fsdp_plugin
+from vocabridge.training_arguments import DistillationConfig
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))}
 
@@ -138,6 +141,36 @@ def test_without_a_launcher_nothing_is_sharded(tmp_path, engine_environment):
     assert fsdp_plugin(given) is None
 
 
+def test_without_a_launcher_no_teacher_is_shared(tmp_path):
+    with pytest.raises(UserError, match="shard_teacher needs several processes, each with its piece: accelerate"):
+        DistillationConfig(str(tmp_path), use_cpu=True, report_to="none", shard_teacher=True)
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({}, "has nothing to share out, since the recipe has no 'teacher' section; remove it"),
+        ({"teacher": {"model": "org/teacher", "cache": True}}, "with teacher.cache no layer of the teacher is loaded"),
+        ({"teacher": {"model": "org/teacher", "quantization": "4bit"}}, "cannot cut quantised weights into pieces"),
+    ],
+)
+def test_a_teacher_that_cannot_be_shared_is_refused_in_the_recipe(sections, told):
+    recipe = {
+        "data": {"train": "org/rows"},
+        "student": {"model": "org/student"},
+        "objective": {"name": "cross_entropy"},
+        "training": {"output_dir": "runs/x", "shard_teacher": True},
+    }
+    with pytest.raises(UserError, match=f"training.shard_teacher {told}"):
+        recipe_from_values(recipe | sections)
+
+
+def test_a_trainer_without_a_teacher_that_runs_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("vocabridge.training_arguments.check_shared_teacher", lambda args: None)  # one process is here
+    with pytest.raises(UserError, match="shard_teacher needs a teacher that runs in floating point"):
+        cases.trainer(tmp_path, "cross_entropy", num_processes=1, shard_teacher=True, teacher=False)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +192,7 @@ def test_accelerate_launch_trains_an_adapter_under_fsdp(tmp_path, tiny_bpe_token
             "disable_tqdm": True,
             "use_cpu": True,
             "ddp_backend": "gloo",
+            "shard_teacher": True,
         },
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")

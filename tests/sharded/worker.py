@@ -22,6 +22,7 @@ import sharded_cases as cases
 import vocabridge.checkpointing
 from vocabridge.checkpoint_files import seal
 from vocabridge.errors import UserError
+from vocabridge.models.teacher import LiveTeacher
 from vocabridge.trainer import DistillationTrainer
 
 
@@ -62,6 +63,24 @@ def both_engines(objective: Any, **options: Any) -> Callable[[Path], dict[str, A
         return result
 
     return case
+
+
+def shared_teacher(folder: Path) -> dict[str, Any]:
+    """The teacher's layers in pieces, under either engine of the student, beside one that is whole."""
+    result: dict[str, Any] = {}
+    for name, objective in cases.READ_FROM_THE_TEACHER.items():
+        for engine, shared in (("ddp", False), ("ddp", True), ("fsdp", True)):
+            options = {"fsdp": engine == "fsdp", "shard_teacher": shared, "evaluate": True, "eval_strategy": "epoch"}
+            trainer = cases.trainer(folder / name / f"{engine}-{shared}", objective, **options)
+            case = trained(trainer)
+            assert isinstance(trainer.teacher, LiveTeacher)
+            teacher = trainer.teacher.model.named_parameters()
+            case["teacher"] = {
+                key: [(value.to_local() if isinstance(value, DTensor) else value).numel(), value.numel()]
+                for key, value in teacher
+            }
+            result[f"{name} {engine} {'shared' if shared else 'whole'}"] = case
+    return result
 
 
 def resumed(folder: Path) -> dict[str, Any]:
@@ -158,6 +177,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "bf16": both_engines(cases.GAN, bf16=True, activation_checkpointing=True),
     "untied": both_engines(cases.GAN, tied=False),
     "lora": both_engines(cases.GAN, lora=True, learning_rate=1e-2),
+    "shared_teacher": shared_teacher,
     "resumed": resumed,
     "foreign_pieces": foreign_pieces,
     "best": best,

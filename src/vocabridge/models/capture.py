@@ -234,5 +234,5 @@ def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
             return module
     raise UserError(
         f"model type '{config.model_type}' keeps its {config.num_hidden_layers} decoder layers in a way that "
-        "vocabridge does not know; take an objective that reads no inner layers."
+        "vocabridge does not know; take an objective that reads no inner layers, and no training.shard_teacher."
     )

@@ -25,13 +25,15 @@ class Candidate:
 
 
 def candidates(recipe: Recipe, placement: Placement) -> Iterator[Candidate]:
-    """Changes that the recipe allows: checkpointing, half the batch, a teacher cache, LoRA, FSDP2."""
+    """Changes that the recipe allows: checkpointing, half the batch, a cached or shared teacher, LoRA, FSDP2."""
     arguments = recipe.training.arguments()
     if not has_checkpointing(arguments):
         yield from _changed(recipe, {"training.activation_checkpointing": True}, placement)
     yield from _changed(recipe, _half_batch(arguments), placement)
     if recipe.teacher is not None and recipe.teacher.cache is None:
         yield from _changed(recipe, {"teacher.cache": True}, placement)
+        if placement.world_size > 1 and placement.strategy != "zero2":  # the trainer refuses it there
+            yield from _changed(recipe, {"training.shard_teacher": True}, placement)
     if recipe.student.lora is None:
         yield from _changed(recipe, {"student.lora.r": 16}, placement)
     if placement.strategy == "ddp" and placement.world_size > 1:

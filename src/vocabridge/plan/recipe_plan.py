@@ -87,7 +87,7 @@ def recipe_plan(
         world_size=world_size,
         device=parts,
         disk=tuple(disk_parts(recipe, models)),
-        notes=tuple(unknown(models, step_of(recipe), placement)),
+        notes=tuple(unknown(models, step_of(recipe, placement.world_size), placement)),
         device_memory=device_memory,
         changes=tuple(sorted(changes, key=lambda change: -change.saving)),
     )
@@ -110,7 +110,7 @@ def device_parts(recipe: Recipe, models: PlannedModels, placement: Placement) ->
     """
     arguments = recipe.training.arguments()
     optim, optim_args = arguments.get("optim", "adamw_torch"), arguments.get("optim_args")
-    step = step_of(recipe)
+    step = step_of(recipe, placement.world_size)
     parts = [
         *_weights(models, step, placement),
         Part("gradients", gradient_bytes(models.trained, placement), "of what is trained"),
@@ -129,7 +129,8 @@ def _weights(models: PlannedModels, step: Step, placement: Placement) -> Iterato
     if models.teacher is not None:
         frozen = list(models.teacher.parameters())
         basis = "embeddings and head" if step.teacher_is_cached else step.quantization or _described(frozen)
-        yield Part("teacher's weights", teacher_weight_bytes(models.teacher, step), f"{basis}, on every rank")
+        where = "on every rank" if step.teacher_pieces == 1 else f"layers over {step.teacher_pieces} ranks"
+        yield Part("teacher's weights", teacher_weight_bytes(models.teacher, step), f"{basis}, {where}")
 
 
 def _described(parameters: list[Any]) -> str:

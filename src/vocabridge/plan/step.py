@@ -61,6 +61,8 @@ class Step:
     teacher_is_cached: bool
     quantization: str | None
     """Of the teacher."""
+    teacher_pieces: int
+    """Processes that share the teacher's layers; 1: each holds them whole."""
     costs: tuple[str, ...]
     """Cost class of each term of the objective."""
 
@@ -70,8 +72,8 @@ class Step:
         return self.rows * self.length
 
 
-def step_of(recipe: Recipe) -> Step:
-    """The longest step that ``recipe`` allows: every row has ``data.max_length`` tokens."""
+def step_of(recipe: Recipe, world_size: int = 1) -> Step:
+    """The longest step that ``recipe`` allows on so many ranks: every row has ``data.max_length`` tokens."""
     arguments = recipe.training.arguments()
     multiple = arguments.get("pad_to_multiple_of") or 1
     length = -(-recipe.data.max_length // multiple) * multiple
@@ -85,6 +87,7 @@ def step_of(recipe: Recipe) -> Step:
         on_cpu=bool(arguments.get("use_cpu")),
         teacher_is_cached=recipe.teacher is not None and recipe.teacher.cache is not None,
         quantization=None if recipe.teacher is None else recipe.teacher.quantization,
+        teacher_pieces=world_size if recipe.training.shard_teacher else 1,
         costs=tuple(term.config.cost for term in recipe.objective.terms),
     )
 
@@ -103,7 +106,10 @@ def _checkpoint_every(arguments: Mapping[str, Any]) -> int | None:
 
 
 def teacher_weight_bytes(teacher: nn.Module, step: Step) -> int:
-    """Of the frozen teacher, which every rank holds whole; with a cache embeddings and head alone."""
+    """Of the frozen teacher on every rank: whole, its layers in pieces, or with a cache embeddings and head alone.
+
+    With pieces two whole layers come on top: the one that runs, and the next one, which is gathered meanwhile.
+    """
     inside = {id(value) for layer in layers_of(teacher) for value in layer.parameters()}
     outside = sum(value.nbytes for value in teacher.parameters() if id(value) not in inside)
     if step.teacher_is_cached:
@@ -112,11 +118,16 @@ def teacher_weight_bytes(teacher: nn.Module, step: Step) -> int:
         id(module.weight) for layer in layers_of(teacher) for module in layer.modules() if isinstance(module, nn.Linear)
     }
     of_number = {"8bit": 1.0, "4bit": _BITS_4}.get(step.quantization or "")
-    return outside + sum(
-        value.nbytes if of_number is None or id(value) not in linear else int(value.numel() * of_number)
+    of_layers = [
+        sum(
+            value.nbytes if of_number is None or id(value) not in linear else int(value.numel() * of_number)
+            for value in layer.parameters()
+        )
         for layer in layers_of(teacher)
-        for value in layer.parameters()
-    )
+    ]
+    if step.teacher_pieces == 1:
+        return outside + sum(of_layers)
+    return outside + sum(of_layers) // step.teacher_pieces + sum(sorted(of_layers)[-2:])
 
 
 def step_parts(models: PlannedModels, step: Step, placement: Placement) -> Iterator[Part]:

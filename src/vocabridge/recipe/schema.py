@@ -127,6 +127,8 @@ def conflicts(sections: Mapping[str, Any]) -> list[Conflict]:
     for side, model in (("student", student), ("teacher", teacher)):
         if model:
             found += _model_conflicts(side, model, training)
+    if training and training.shard_teacher and "teacher" in sections:
+        found += _shard_conflicts(teacher)
     if training:
         found += _training_conflicts(data, training)
         found += _folder_conflicts(sections, training)
@@ -146,6 +148,20 @@ def _model_conflicts(side: Any, model: ModelSpec, training: TrainingSettings | N
         problem = f"is '{model.device}', but training places the models itself; leave it out or set training.use_cpu."
         found.append(Conflict(f"{side}.device", problem))
     return found
+
+
+def _shard_conflicts(teacher: ModelSpec | None) -> list[Conflict]:
+    if teacher is None:
+        problem = "has nothing to share out, since the recipe has no 'teacher' section; remove it."
+    elif teacher.cache is not None:
+        problem = (
+            "has nothing to share out: with teacher.cache no layer of the teacher is loaded; remove one of the two."
+        )
+    elif teacher.quantization is not None:
+        problem = "cannot cut quantised weights into pieces; remove it or teacher.quantization."
+    else:
+        return []
+    return [Conflict("training.shard_teacher", problem)]
 
 
 def _cache_conflicts(cache: CacheSpec, sections: Mapping[str, Any]) -> list[Conflict]:

@@ -61,6 +61,10 @@ class OwnTrainingSettings(Settings):
     diagnostics_examples: int = Field(32, ge=1)
     """Training examples in the fixed set on which that distance is measured."""
 
+    shard_teacher: bool = False
+    """Each process holds a piece of every layer of the teacher and gathers a layer when it runs; needs several
+    processes. For teachers that do not fit whole beside the student."""
+
     def arguments(self) -> dict[str, Any]:
         """What the recipe sets, and our own defaults: the keyword arguments of the training arguments class."""
         ours = {name: getattr(self, name) for name in OwnTrainingSettings.model_fields}
