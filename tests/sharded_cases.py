@@ -1,10 +1,13 @@
-"""Tiny trainers that differ in the engine alone: data parallelism, FSDP2, or one process."""
+"""Tiny trainers that differ in the engine alone: data parallelism, FSDP2, DeepSpeed, or one process."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 from typing import Any
+
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 import tokenizer_zoo
 from tiny_pair import ROWS, student_model, teacher_model
@@ -28,6 +31,7 @@ def trainer(
     objective: Any,
     *,
     fsdp: bool = False,
+    zero_stage: int | None = None,
     tied: bool = True,
     lora: bool = False,
     evaluate: bool = False,
@@ -37,6 +41,8 @@ def trainer(
     """Eight rows a step on every number of processes."""
     for variable in [key for key in os.environ if key.startswith(("FSDP_", "ACCELERATE_"))]:
         del os.environ[variable]  # accelerate remembers there what the last trainer was
+    if zero_stage is not None:
+        os.environ |= launch_environment(zero_stage)
     student_tokenizer, teacher_tokenizer = tokenizer_zoo.byte_level_bpe(), tokenizer_zoo.sentencepiece_bpe()
     student = student_model(student_tokenizer, tied=tied)
     accumulation = int(arguments.get("gradient_accumulation_steps", 1))
@@ -56,16 +62,29 @@ def trainer(
         "fsdp": fsdp or None,
         **arguments,
     }
+    args = DistillationConfig(output_dir=str(folder), **options)
+    if zero_stage == 3:  # these models are so small that by default every rank would keep them whole
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return DistillationTrainer(
         add_lora(student, LoraSpec(r=4)) if lora else student,
         teacher_model(teacher_tokenizer),
         objective=objective,
-        args=DistillationConfig(output_dir=str(folder), **options),
+        args=args,
         train_dataset=ROWS,
         eval_dataset=ROWS[:5] if evaluate else None,
         student_tokenizer=student_tokenizer,
         teacher_tokenizer=teacher_tokenizer,
     )
+
+
+def launch_environment(zero_stage: int) -> dict[str, str]:
+    """What ``accelerate launch --config_file configs/deepspeed_zero<stage>.yaml`` sets for each process."""
+    config = Path(__file__).parents[1] / "configs" / f"deepspeed_zero{zero_stage}.yaml"
+    given = launch_command_parser().parse_args(["--config_file", str(config), "--main_process_port", "0", "script.py"])
+    read, *_ = _validate_launch_command(given)
+    read.deepspeed_fields_from_accelerate_config = ""  # set by the step between the two
+    _, environment = prepare_deepspeed_cmd_env(read)
+    return {name: value for name, value in environment.items() if name.startswith("ACCELERATE_")}
 
 
 def losses(log: list[dict[str, float]]) -> dict[int, float]:

@@ -57,6 +57,11 @@ class CheckpointingTrainer(ResumableTrainer):
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     @property
+    def is_zero3(self) -> bool:
+        """Whether DeepSpeed holds the weights themselves in pieces."""
+        return bool(self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3)
+
+    @property
     def is_engine_running(self) -> bool:
         """Whether FSDP or DeepSpeed has taken the model over already, which they do when training starts."""
         return is_sharded(cast(nn.Module, self.model)) if self.is_fsdp_enabled else self.deepspeed is not None
@@ -65,14 +70,12 @@ class CheckpointingTrainer(ResumableTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``transformers.Trainer.save_model``, but whole under every engine."""
-        if self.is_engine_sharded and not self.is_engine_running:
-            self._save(output_dir)
-        elif self.is_fsdp_enabled:
-            keep = self.args.should_save
-            self._save(output_dir, gather_weights(self.distillation_model, device=self.args.device, keep=keep))
-        else:
+        if not self.is_engine_sharded:
             super().save_model(output_dir, _internal_call)
             return
+        in_pieces = (self.is_fsdp_enabled or self.is_zero3) and self.is_engine_running
+        model, keep = self.distillation_model, self.args.should_save
+        self._save(output_dir, gather_weights(model, device=self.args.device, keep=keep) if in_pieces else None)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

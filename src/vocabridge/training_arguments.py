@@ -13,6 +13,7 @@ from vocabridge.compilation import check_compilation
 from vocabridge.errors import UserError
 from vocabridge.prompts import Template
 from vocabridge.sharding import check_engine
+from vocabridge.zero import load_models_whole
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class DistillationConfig(TrainingArguments):
             raise UserError(f"training: {', '.join(unused)} cannot be used with distillation losses; leave it out.")
         self._check_batching()
         check_engine(self)
+        load_models_whole()
         if self.torch_compile:
             check_compilation(str(self.torch_compile_backend), self.torch_compile_mode, self.device)
         for name in ("projector_learning_rate", "discriminator_learning_rate"):

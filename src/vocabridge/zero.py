@@ -1,0 +1,71 @@
+"""DeepSpeed's ZeRO-3: which weights are whole and when.
+
+ZeRO-3 gathers a module's weights while that module is called. Heads in chunks read theirs outside of any call, and
+objectives call their parts as the data of a rank ask for it, where all ranks must gather alike. So everything outside
+the decoder layers belongs to the call of :class:`~vocabridge.distillation_model.DistillationModel`, as under FSDP2: it
+is whole from a batch's forward pass to the end of its backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+from torch import nn
+from transformers.integrations import unset_hf_deepspeed_config
+
+from vocabridge.distillation_model import DistillationModel
+from vocabridge.models.capture import decoder_layers
+from vocabridge.models.heads import base_model
+
+
+def load_models_whole() -> None:
+    """Let ``from_pretrained`` give every process whole models, which ZeRO-3's settings would cut up, the teacher too."""
+    unset_hf_deepspeed_config()
+
+
+def keep_root_whole(model: DistillationModel) -> None:
+    """Tell ZeRO-3, before it takes the model over, that the model's forward reads all that is outside of the layers."""
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for parameter in root_parameters(model):
+        register_external_parameter(model, parameter)
+
+
+def leave_objective_alone(engine: Any, model: DistillationModel) -> None:
+    """Take back what ZeRO-3 hung onto the modules of the objective, whose weights are whole without it.
+
+    Args:
+        engine: DeepSpeed's, around ``model``.
+        model: the trained module.
+    """
+    offload = engine.optimizer.parameter_offload
+    of_objective = {
+        id(hooks)
+        for module in model.objective.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+    }
+    for handle in (*offload.forward_hooks, *offload.backward_hooks):
+        if id(handle.hooks_dict_ref()) in of_objective:
+            handle.remove()
+
+
+def root_parameters(model: DistillationModel) -> list[nn.Parameter]:
+    """Embeddings, head, norms outside of layers, projectors and discriminator."""
+    in_layers = {
+        id(parameter) for layer in decoder_layers(base_model(model.student)) for parameter in layer.parameters()
+    }
+    return [parameter for parameter in model.parameters() if id(parameter) not in in_layers]
+
+
+def is_in_zero_pieces(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has taken a parameter over."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    """Parameters that ZeRO-3 holds in pieces are whole inside the context, to be read; all ranks must enter it."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return cast(AbstractContextManager[None], GatheredParameters(parameters))
