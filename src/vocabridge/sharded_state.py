@@ -1,8 +1,9 @@
 """Weights and optimizer states that an engine holds in pieces, whole in files and back again.
 
-DeepSpeed's optimizer states stay in its own files, whatever is here is of FSDP2. A checkpoint has the same files under FSDP2 as from one process, so either goes on from the other's: the student's
+A checkpoint has the same files under FSDP2 as from one process, so either goes on from the other's: the student's
 checkpoint, ``objective.safetensors`` and ``optimizer.pt``. PyTorch's own format for pieces is not used because its
-metadata are a pickle, which would run whatever a stranger's checkpoint says.
+metadata are a pickle, which would run whatever a stranger's checkpoint says. Under ZeRO-3 only the weights are gathered
+here: DeepSpeed keeps optimizer states in files of its own.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from vocabridge.models.heads import base_model
 
 
 def load_models_whole() -> None:
-    """Let ``from_pretrained`` give every process whole models, which ZeRO-3's settings would cut up, the teacher too."""
+    """Let ``from_pretrained`` give every process whole models; ZeRO-3's settings would cut up the teacher, too."""
     unset_hf_deepspeed_config()
 
 
