@@ -169,7 +169,7 @@ class CheckpointingTrainer(ResumableTrainer):
         """Refuse a checkpoint whose optimizer state this run's engine cannot read.
 
         Raises:
-            UserError: DeepSpeed wrote it and does not train now, or the reverse.
+            UserError: DeepSpeed wrote it and does not train now, or the reverse, or it has other pieces now.
         """
         by_deepspeed = (checkpoint / _DEEPSPEED_FILE).is_file()
         if by_deepspeed != bool(self.is_deepspeed_enabled):
@@ -177,6 +177,14 @@ class CheckpointingTrainer(ResumableTrainer):
                 f"{checkpoint} was written {'under' if by_deepspeed else 'without'} DeepSpeed, and its optimizer state "
                 "cannot be read otherwise; resume with the launcher config that started the run, or start a new run "
                 "with this folder as student.model."
+            )
+        pieces = list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt"))
+        was_zero3 = any(checkpoint.glob("global_step*/*zero_pp_rank_*_model_states.pt"))
+        if pieces and (len(pieces), was_zero3) != (self.args.world_size, self.is_zero3):
+            raise UserError(
+                f"{checkpoint} was written by {len(pieces)} processes {'under' if was_zero3 else 'without'} ZeRO-3, and "
+                f"these are {self.args.world_size} {'under' if self.is_zero3 else 'without'} it; DeepSpeed goes on with "
+                "the same number and stage only. Or start a new run with this folder as student.model."
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

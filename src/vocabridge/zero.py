@@ -8,10 +8,12 @@ is whole from a batch's forward pass to the end of its backward pass.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -23,6 +25,12 @@ from vocabridge.models.heads import base_model
 def load_models_whole() -> None:
     """Let ``from_pretrained`` give every process whole models; ZeRO-3's settings would cut up the teacher, too."""
     unset_hf_deepspeed_config()
+
+
+def tell_deepspeed_of_cpu(device: torch.device) -> None:
+    """Spare every training on a CPU a warning: accelerate imports DeepSpeed, if it is there, to know its models."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def keep_root_whole(model: DistillationModel) -> None:

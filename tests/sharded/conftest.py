@@ -1,4 +1,4 @@
-"""Two processes with gloo are started once; all tests of this folder read what they wrote."""
+"""Two processes with gloo are started once for each engine; the tests of this folder read what they wrote."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.utils import is_deepspeed_available
 
 
 @dataclass(frozen=True)
 class TwoProcesses:
-    """What the cases of worker.py wrote."""
+    """What a worker's cases wrote."""
 
     folder: Path
     results: dict[str, Any]
@@ -27,11 +28,20 @@ class TwoProcesses:
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> TwoProcesses:
-    folder = tmp_path_factory.mktemp("sharded")
-    worker = Path(__file__).with_name("worker.py")
+    return _run("worker.py", tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.fixture(scope="session")
+def under_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> TwoProcesses:
+    if not is_deepspeed_available():
+        pytest.skip("DeepSpeed is not installed; see the end of 'make venv'")
+    return _run("deepspeed_worker.py", tmp_path_factory.mktemp("deepspeed"))
+
+
+def _run(worker: str, folder: Path) -> TwoProcesses:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
-        [*launcher, str(worker), str(folder)],
+        [*launcher, str(Path(__file__).with_name(worker)), str(folder)],
         capture_output=True,
         text=True,
         timeout=600,
