@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from safetensors.torch import load_file
 
 import tokenizer_zoo
 from tiny_pair import ROWS, student_model, teacher_model
@@ -90,3 +93,20 @@ def launch_environment(zero_stage: int) -> dict[str, str]:
 def losses(log: list[dict[str, float]]) -> dict[int, float]:
     """Loss by step."""
     return {int(entry["step"]): entry["loss"] for entry in log if "loss" in entry}
+
+
+def assert_close(found: dict[int, float], expected: dict[int, float], *, rel: float = 1e-4) -> None:
+    """Losses of four steps, of which no two are the same."""
+    assert found.keys() == expected.keys()
+    assert len(expected) == 4
+    assert len(set(expected.values())) == 4, "nothing was trained"
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=rel), step
+
+
+def assert_same_files(found: Path, expected: Path, name: str, *, atol: float = 1e-4) -> None:
+    """Tensors of two folders' files of that name."""
+    first, second = load_file(found / name), load_file(expected / name)
+    assert first.keys() == second.keys()
+    for key, value in second.items():
+        torch.testing.assert_close(first[key], value, rtol=1e-3, atol=atol, msg=lambda m, key=key: f"{key}: {m}")

@@ -181,10 +181,11 @@ class CheckpointingTrainer(ResumableTrainer):
         pieces = list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt"))
         was_zero3 = any(checkpoint.glob("global_step*/*zero_pp_rank_*_model_states.pt"))
         if pieces and (len(pieces), was_zero3) != (self.args.world_size, self.is_zero3):
+            stages = ["under ZeRO-3" if is_zero3 else "without ZeRO-3" for is_zero3 in (was_zero3, self.is_zero3)]
             raise UserError(
-                f"{checkpoint} was written by {len(pieces)} processes {'under' if was_zero3 else 'without'} ZeRO-3, and "
-                f"these are {self.args.world_size} {'under' if self.is_zero3 else 'without'} it; DeepSpeed goes on with "
-                "the same number and stage only. Or start a new run with this folder as student.model."
+                f"{checkpoint} was written by {len(pieces)} processes {stages[0]}, and this is a run of "
+                f"{self.args.world_size} {stages[1]}; DeepSpeed goes on with the same number and stage only, so resume "
+                "with these, or start a new run with this folder as student.model."
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +23,6 @@ from vocabridge.errors import UserError
 from vocabridge.trainer import DistillationTrainer
 
 ENGINES: dict[str, int | None] = {"ddp": None, "zero2": 2, "zero3": 3}
-SAVING = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-3}
 
 
 def trained(trainer: DistillationTrainer, **train_options: Any) -> dict[str, Any]:
@@ -34,9 +34,7 @@ def trained(trainer: DistillationTrainer, **train_options: Any) -> dict[str, Any
         "log": trainer.state.log_history,
         "pieces": {name: pieces(p) for name, p in trainer.distillation_model.named_parameters() if p.requires_grad},
         "alike": [same_on_all_ranks(p) for p in trainer.distillation_model.parameters() if not hasattr(p, "ds_id")],
-        "moved": [
-            name for name, p in trainer.objective_module.named_parameters() if not torch.equal(p, before[name])
-        ],
+        "moved": [name for name, p in trainer.objective_module.named_parameters() if not torch.equal(p, before[name])],
         "teacher_is_whole": trainer.teacher is None or all(p.numel() for p in trainer.teacher.model.parameters()),
         "from_pretrained_cuts": is_deepspeed_zero3_enabled(),
     }
@@ -44,7 +42,9 @@ def trained(trainer: DistillationTrainer, **train_options: Any) -> dict[str, Any
 
 def pieces(parameter: Any) -> list[int]:
     """Numbers that this rank holds, and all."""
-    return [parameter.ds_tensor.ds_numel, parameter.ds_numel] if hasattr(parameter, "ds_id") else [parameter.numel()] * 2
+    return (
+        [parameter.ds_tensor.ds_numel, parameter.ds_numel] if hasattr(parameter, "ds_id") else [parameter.numel()] * 2
+    )
 
 
 def same_on_all_ranks(parameter: torch.Tensor) -> bool:
@@ -69,16 +69,22 @@ def all_engines(objective: Any, **options: Any) -> Callable[[Path], dict[str, An
 
 def resumed(folder: Path) -> dict[str, Any]:
     """Checkpoints of either stage, gone on with by it, and refused by the other one and without DeepSpeed."""
-    result = {}
+    result = gone_on(folder)
     for engine in ("zero2", "zero3"):
-        whole = cases.trainer(folder / engine, cases.GAN, zero_stage=ENGINES[engine], **SAVING)
-        result[engine] = trained(whole)
-        checkpoint = str(folder / engine / "checkpoint-2")
-        again = cases.trainer(folder / f"{engine}-again", cases.GAN, zero_stage=ENGINES[engine], learning_rate=3e-3)
-        result[f"{engine}-again"] = trained(again, resume_from_checkpoint=checkpoint)
         for other in sorted(ENGINES.keys() - {engine}):
             trainer = cases.trainer(folder / f"{engine}-{other}", cases.GAN, zero_stage=ENGINES[other])
-            result[f"{engine}-{other}"] = told(trainer, checkpoint)
+            result[f"{engine}-{other}"] = told(trainer, str(folder / engine / "checkpoint-2"))
+    return result
+
+
+def gone_on(folder: Path, **options: Any) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for engine in ("zero2", "zero3"):
+        options |= {"zero_stage": ENGINES[engine], "learning_rate": 3e-3}
+        whole = cases.trainer(folder / engine, cases.GAN, save_strategy="steps", save_steps=2, **options)
+        result[engine] = trained(whole)
+        again = cases.trainer(folder / f"{engine}-again", cases.GAN, **options)
+        result[f"{engine}-again"] = trained(again, resume_from_checkpoint=str(folder / engine / "checkpoint-2"))
     return result
 
 
@@ -134,6 +140,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "lora": all_engines(cases.GAN, lora=True, learning_rate=1e-2),
     "bf16": all_engines(cases.GAN, bf16=True),
     "resumed": resumed,
+    "resumed_lora": partial(gone_on, lora=True),
     "best": best,
     "failed_save": failed_save,
 }
