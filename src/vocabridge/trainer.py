@@ -43,7 +43,7 @@ from vocabridge.pairs import (
 )
 from vocabridge.sharding import fsdp_plugin, gather_for, start_alike, use_fsdp
 from vocabridge.training_arguments import DistillationConfig
-from vocabridge.zero import keep_root_whole, leave_objective_alone, load_models_whole, root_parameters, whole
+from vocabridge.zero import leave_objective_alone, load_models_whole, prepare_for_zero3, root_parameters, whole
 
 __all__ = ["DistillationConfig", "DistillationTrainer"]
 
@@ -178,8 +178,8 @@ class DistillationTrainer(CheckpointingTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if self.is_engine_sharded and not self.is_engine_running:
             start_alike(self.distillation_model, self.args.device)
-        if self.is_zero3:
-            keep_root_whole(self.distillation_model)
+            if self.is_zero3:
+                prepare_for_zero3(self.distillation_model)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.is_fsdp_enabled:
             gather_for(self.distillation_model, "probe")

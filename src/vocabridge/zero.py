@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from vocabridge.distillation_model import DistillationModel
@@ -33,12 +33,32 @@ def tell_deepspeed_of_cpu(device: torch.device) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def keep_root_whole(model: DistillationModel) -> None:
-    """Tell ZeRO-3, before it takes the model over, that the model's forward reads all that is outside of the layers."""
+def prepare_for_zero3(model: DistillationModel) -> None:
+    """Tell ZeRO-3, before it takes the model over, that the model's forward reads all that is outside of the layers.
+
+    It would use a gradient again in a step where its parameter gets none, as a discriminator in the student's turn. So
+    every learned part of the objective gets one, of zeros if need be.
+    """
     from deepspeed.runtime.zero import register_external_parameter
 
     for parameter in root_parameters(model):
         register_external_parameter(model, parameter)
+    learned = [parameter for parameter in model.objective.parameters() if parameter.requires_grad]
+    model.register_forward_hook(lambda _module, _given, result: (_Reached.apply(result[0], *learned), result[1]))
+
+
+class _Reached(torch.autograd.Function):
+    """The loss as it is, with gradients of zeros for parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.shapes = [parameter.shape for parameter in parameters]
+        ctx.zeros = [parameter.new_zeros(()) for parameter in parameters]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
+        return (upstream, *(zero.expand(shape) for zero, shape in zip(ctx.zeros, ctx.shapes, strict=True)))
 
 
 def leave_objective_alone(engine: Any, model: DistillationModel) -> None:
