@@ -69,23 +69,22 @@ def all_engines(objective: Any, **options: Any) -> Callable[[Path], dict[str, An
 
 def resumed(folder: Path) -> dict[str, Any]:
     """Checkpoints of either stage, gone on with by it, and refused by the other one and without DeepSpeed."""
-    result = gone_on(folder)
+    result: dict[str, Any] = {}
     for engine in ("zero2", "zero3"):
+        result |= gone_on(folder, engine)
         for other in sorted(ENGINES.keys() - {engine}):
             trainer = cases.trainer(folder / f"{engine}-{other}", cases.GAN, zero_stage=ENGINES[other])
             result[f"{engine}-{other}"] = told(trainer, str(folder / engine / "checkpoint-2"))
     return result
 
 
-def gone_on(folder: Path, **options: Any) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for engine in ("zero2", "zero3"):
-        options |= {"zero_stage": ENGINES[engine], "learning_rate": 3e-3}
-        whole = cases.trainer(folder / engine, cases.GAN, save_strategy="steps", save_steps=2, **options)
-        result[engine] = trained(whole)
-        again = cases.trainer(folder / f"{engine}-again", cases.GAN, **options)
-        result[f"{engine}-again"] = trained(again, resume_from_checkpoint=str(folder / engine / "checkpoint-2"))
-    return result
+def gone_on(folder: Path, engine: str, **options: Any) -> dict[str, Any]:
+    """A run, and another one from its checkpoint in the middle."""
+    options |= {"zero_stage": ENGINES[engine], "learning_rate": 3e-3}
+    whole = trained(cases.trainer(folder / engine, cases.GAN, save_strategy="steps", save_steps=2, **options))
+    again = cases.trainer(folder / f"{engine}-again", cases.GAN, **options)
+    checkpoint = str(folder / engine / "checkpoint-2")
+    return {engine: whole, f"{engine}-again": trained(again, resume_from_checkpoint=checkpoint)}
 
 
 def told(trainer: DistillationTrainer, checkpoint: str | None = None) -> str:
@@ -98,22 +97,19 @@ def told(trainer: DistillationTrainer, checkpoint: str | None = None) -> str:
 
 def best(folder: Path) -> dict[str, Any]:
     """The best of all checkpoints is loaded into the model at the end."""
-    result = {}
-    for engine in ("zero2", "zero3"):
-        trainer = cases.trainer(
-            folder / engine,
-            cases.GAN,
-            zero_stage=ENGINES[engine],
-            evaluate=True,
-            save_strategy="steps",
-            save_steps=2,
-            eval_strategy="steps",
-            eval_steps=2,
-            load_best_model_at_end=True,
-            greater_is_better=True,  # the loss falls, so that the first one is "best"
-        )
-        result[engine] = {**trained(trainer), "best": trainer.state.best_model_checkpoint}
-    return result
+    trainer = cases.trainer(
+        folder,
+        cases.GAN,
+        zero_stage=3,
+        evaluate=True,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        greater_is_better=True,  # the loss falls, so that the first one is "best"
+    )
+    return {**trained(trainer), "best": trainer.state.best_model_checkpoint}
 
 
 def failed_save(folder: Path) -> list[str]:
@@ -134,13 +130,20 @@ def failed_save(folder: Path) -> list[str]:
 
 CASES: dict[str, Callable[[Path], Any]] = {
     "sft": all_engines("cross_entropy", gradient_accumulation_steps=2, tied=False),
-    "gan": all_engines(cases.GAN, gradient_accumulation_steps=2, diagnostics_steps=2),
-    "rates": all_engines(cases.GAN, projector_learning_rate=1e-2, discriminator_learning_rate=3e-2, weight_decay=0.1),
+    "gan": all_engines(
+        cases.GAN,
+        gradient_accumulation_steps=2,
+        diagnostics_steps=2,
+        projector_learning_rate=3e-3,
+        discriminator_learning_rate=1e-2,
+        weight_decay=0.1,
+    ),
+    "alternating": all_engines({**cases.GAN, "gan": {**cases.GAN["gan"], "updates": "alternating"}}),
     "hidden_state": all_engines(cases.OBJECTIVES["hidden_state"], activation_checkpointing=True),
     "lora": all_engines(cases.GAN, lora=True, learning_rate=1e-2),
     "bf16": all_engines(cases.GAN, bf16=True),
     "resumed": resumed,
-    "resumed_lora": partial(gone_on, lora=True),
+    "resumed_lora": partial(gone_on, engine="zero3", lora=True),
     "best": best,
     "failed_save": failed_save,
 }

@@ -17,7 +17,7 @@ from vocabridge.checkpointing import CheckpointingTrainer
 from vocabridge.errors import UserError
 
 ZERO = pytest.mark.parametrize("engine", ["zero2", "zero3"])
-TRAINED = ("sft", "gan", "rates", "hidden_state", "lora")
+TRAINED = ("sft", "gan", "hidden_state", "lora")
 
 
 @ZERO
@@ -26,8 +26,8 @@ def test_losses_and_weights_are_those_of_data_parallelism(under_deepspeed, case,
     ddp, zero = (under_deepspeed[case][name] for name in ("ddp", engine))
     assert_close(cases.losses(zero["log"]), cases.losses(ddp["log"]))
     for one, other in zip(zero["log"], ddp["log"], strict=True):
-        if "grad_norm" in one:  # DeepSpeed's has the discriminator in it
-            assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+        if "grad_norm" in one:  # DeepSpeed's has the discriminator in it, whose gradient is small
+            assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
     folder = under_deepspeed.folder / case
     weights = "adapter_model.safetensors" if case == "lora" else "model.safetensors"
     for name in (weights, *(["objective.safetensors"] if case != "sft" else [])):
@@ -44,7 +44,7 @@ def test_all_ranks_hold_the_same_and_all_learned_parts_move(under_deepspeed, cas
     assert set(in_file) >= set(ddp["moved"])
     if engine == "zero2":
         assert zero["moved"] == ddp["moved"]
-    if case in ("gan", "rates", "lora"):
+    if case in ("gan", "lora"):
         assert {"discriminator", "query_projector"} <= {part for name in ddp["moved"] for part in name.split(".")}
 
 
@@ -95,11 +95,19 @@ def test_bf16_stays_near_data_parallelism(under_deepspeed, engine):
         assert one.get("coverage", 1.0) == 1.0  # sums for the log are not rounded
 
 
+def test_a_learned_part_without_gradient_stays_where_it_is(under_deepspeed):
+    """In the student's turn the discriminator has none: a zero for DeepSpeed, nothing at all elsewhere."""
+    logs = [cases.losses(under_deepspeed["alternating"][engine]["log"]) for engine in ("ddp", "zero2", "zero3")]
+    assert_close(logs[1], logs[0])
+    assert_close(logs[2], logs[1], rel=1e-6)
+    folder = under_deepspeed.folder / "alternating"
+    assert_same_files(folder / "zero3", folder / "zero2", "objective.safetensors", atol=1e-6)
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-@ZERO
-@pytest.mark.parametrize("case", ["resumed", "resumed_lora"])
+@pytest.mark.parametrize(("case", "engine"), [("resumed", "zero2"), ("resumed", "zero3"), ("resumed_lora", "zero3")])
 def test_a_resumed_run_is_the_undisturbed_one(under_deepspeed, case, engine):
     whole, again = (under_deepspeed[case][name] for name in (engine, f"{engine}-again"))
     assert_close(cases.losses(again["log"]), cases.losses(whole["log"]), rel=1e-6)
@@ -134,9 +142,8 @@ def test_another_engine_stage_or_number_of_processes_is_refused(under_deepspeed,
     assert "a run of 1 " in str(refusal.value)
 
 
-@ZERO
-def test_the_best_checkpoint_is_loaded(under_deepspeed, engine):
-    result, run = under_deepspeed["best"][engine], under_deepspeed.folder / "best" / engine
+def test_the_best_checkpoint_is_loaded(under_deepspeed):
+    result, run = under_deepspeed["best"], under_deepspeed.folder / "best"
     assert [entry["step"] for entry in result["log"] if "eval_loss" in entry] == [2, 4]
     assert Path(result["best"]) == run / "checkpoint-2"
     for name in ("model.safetensors", "objective.safetensors"):
