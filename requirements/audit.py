@@ -6,6 +6,7 @@ Known vulnerabilities are published daily and asked for by ``make audit``, which
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ from packaging.version import Version
 FOLDER = Path(__file__).parent
 FIRST = Requirement("vocabridge[dev]")
 SELF = canonicalize_name(FIRST.name)
+ENGINE = Requirement("deepspeed")
+"""Installed by ``make venv`` where it can be built."""
 
 PERMISSIVE = re.compile(r"\b(?:MIT|BSD|Apache|ISC|PSF|Python Software Foundation|MPL|Mozilla Public)\b")
 RECIPROCAL = re.compile("GPL|General Public|EUPL|SSPL|Proprietary", re.IGNORECASE)
@@ -91,6 +94,8 @@ def main() -> int:
     pinned = pins(FOLDER / "constraints.txt")
     models = pins(FOLDER / "packaged-models.txt")
     used = needed(FIRST)
+    if importlib.util.find_spec(ENGINE.name) is not None:
+        used |= needed(ENGINE)
     found = list(problems(pinned, used))
     for problem in found:
         print(problem, file=sys.stderr)

@@ -1,10 +1,16 @@
-"""Tiny trainers that differ in the engine alone: data parallelism, FSDP2, or one process."""
+"""Tiny trainers that differ in the engine alone: data parallelism, FSDP2, DeepSpeed, or one process."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from safetensors.torch import load_file
 
 import tokenizer_zoo
 from tiny_pair import ROWS, student_model, teacher_model
@@ -38,6 +44,7 @@ def trainer(
     objective: Any,
     *,
     fsdp: bool = False,
+    zero_stage: int | None = None,
     tied: bool = True,
     lora: bool = False,
     evaluate: bool = False,
@@ -48,6 +55,8 @@ def trainer(
     """Eight rows a step on every number of processes."""
     for variable in [key for key in os.environ if key.startswith(("FSDP_", "ACCELERATE_"))]:
         del os.environ[variable]  # accelerate remembers there what the last trainer was
+    if zero_stage is not None:
+        os.environ |= launch_environment(zero_stage)
     student_tokenizer, teacher_tokenizer = tokenizer_zoo.byte_level_bpe(), tokenizer_zoo.sentencepiece_bpe()
     student = student_model(student_tokenizer, tied=tied)
     accumulation = int(arguments.get("gradient_accumulation_steps", 1))
@@ -67,11 +76,14 @@ def trainer(
         "fsdp": fsdp or None,
         **arguments,
     }
+    args = DistillationConfig(output_dir=str(folder), **options)
+    if zero_stage == 3:  # these models are so small that by default every rank would keep them whole
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return DistillationTrainer(
         add_lora(student, LoraSpec(r=4)) if lora else student,
         teacher_model(teacher_tokenizer) if teacher else None,
         objective=objective,
-        args=DistillationConfig(output_dir=str(folder), **options),
+        args=args,
         train_dataset=ROWS,
         eval_dataset=ROWS[:5] if evaluate else None,
         student_tokenizer=student_tokenizer,
@@ -79,6 +91,33 @@ def trainer(
     )
 
 
+def launch_environment(zero_stage: int) -> dict[str, str]:
+    """What ``accelerate launch --config_file configs/deepspeed_zero<stage>.yaml`` sets for each process."""
+    config = Path(__file__).parents[1] / "configs" / f"deepspeed_zero{zero_stage}.yaml"
+    given = launch_command_parser().parse_args(["--config_file", str(config), "--main_process_port", "0", "script.py"])
+    read, *_ = _validate_launch_command(given)
+    read.deepspeed_fields_from_accelerate_config = ""  # set by the step between the two
+    _, environment = prepare_deepspeed_cmd_env(read)
+    return {name: value for name, value in environment.items() if name.startswith("ACCELERATE_")}
+
+
 def losses(log: list[dict[str, float]]) -> dict[int, float]:
     """Loss by step."""
     return {int(entry["step"]): entry["loss"] for entry in log if "loss" in entry}
+
+
+def assert_close(found: dict[int, float], expected: dict[int, float], *, rel: float = 1e-4) -> None:
+    """Losses of four steps, of which no two are the same."""
+    assert found.keys() == expected.keys()
+    assert len(expected) == 4
+    assert len(set(expected.values())) == 4, "nothing was trained"
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=rel), step
+
+
+def assert_same_files(found: Path, expected: Path, name: str, *, atol: float = 1e-4) -> None:
+    """Tensors of two folders' files of that name."""
+    first, second = load_file(found / name), load_file(expected / name)
+    assert first.keys() == second.keys()
+    for key, value in second.items():
+        torch.testing.assert_close(first[key], value, rtol=1e-3, atol=atol, msg=lambda m, key=key: f"{key}: {m}")

@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"objectives"},
     {"recipe"},
     {"distillation_model"},
-    {"compilation", "sharding"},
+    {"compilation", "sharding", "zero"},
     {"checkpoint_files"},
     {"saving", "interrupt", "model_card", "run_record", "training_arguments", "pair_cache", "assembly", "diagnostics"},
     {"batching", "sharded_state"},

@@ -57,6 +57,11 @@ class CheckpointingTrainer(ResumableTrainer):
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     @property
+    def is_zero3(self) -> bool:
+        """Whether DeepSpeed holds the weights themselves in pieces."""
+        return bool(self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3)
+
+    @property
     def is_engine_running(self) -> bool:
         """Whether FSDP or DeepSpeed has taken the model over already, which they do when training starts."""
         return is_sharded(cast(nn.Module, self.model)) if self.is_fsdp_enabled else self.deepspeed is not None
@@ -65,14 +70,12 @@ class CheckpointingTrainer(ResumableTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``transformers.Trainer.save_model``, but whole under every engine."""
-        if self.is_engine_sharded and not self.is_engine_running:
-            self._save(output_dir)
-        elif self.is_fsdp_enabled:
-            keep = self.args.should_save
-            self._save(output_dir, gather_weights(self.distillation_model, device=self.args.device, keep=keep))
-        else:
+        if not self.is_engine_sharded:
             super().save_model(output_dir, _internal_call)
             return
+        in_pieces = (self.is_fsdp_enabled or self.is_zero3) and self.is_engine_running
+        model, keep = self.distillation_model, self.args.should_save
+        self._save(output_dir, gather_weights(model, device=self.args.device, keep=keep) if in_pieces else None)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -166,7 +169,7 @@ class CheckpointingTrainer(ResumableTrainer):
         """Refuse a checkpoint whose optimizer state this run's engine cannot read.
 
         Raises:
-            UserError: DeepSpeed wrote it and does not train now, or the reverse.
+            UserError: DeepSpeed wrote it and does not train now, or the reverse, or it has other pieces now.
         """
         by_deepspeed = (checkpoint / _DEEPSPEED_FILE).is_file()
         if by_deepspeed != bool(self.is_deepspeed_enabled):
@@ -174,6 +177,15 @@ class CheckpointingTrainer(ResumableTrainer):
                 f"{checkpoint} was written {'under' if by_deepspeed else 'without'} DeepSpeed, and its optimizer state "
                 "cannot be read otherwise; resume with the launcher config that started the run, or start a new run "
                 "with this folder as student.model."
+            )
+        pieces = list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt"))
+        was_zero3 = any(checkpoint.glob("global_step*/*zero_pp_rank_*_model_states.pt"))
+        if pieces and (len(pieces), was_zero3) != (self.args.world_size, self.is_zero3):
+            stages = ["under ZeRO-3" if is_zero3 else "without ZeRO-3" for is_zero3 in (was_zero3, self.is_zero3)]
+            raise UserError(
+                f"{checkpoint} was written by {len(pieces)} processes {stages[0]}, and this is a run of "
+                f"{self.args.world_size} {stages[1]}; DeepSpeed goes on with the same number and stage only, so resume "
+                "with these, or start a new run with this folder as student.model."
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

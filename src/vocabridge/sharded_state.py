@@ -1,8 +1,9 @@
-"""Weights and optimizer states that FSDP2 holds in pieces, whole in files and back again.
+"""Weights and optimizer states that an engine holds in pieces, whole in files and back again.
 
 A checkpoint has the same files under FSDP2 as from one process, so either goes on from the other's: the student's
 checkpoint, ``objective.safetensors`` and ``optimizer.pt``. PyTorch's own format for pieces is not used because its
-metadata are a pickle, which would run whatever a stranger's checkpoint says.
+metadata are a pickle, which would run whatever a stranger's checkpoint says. Under ZeRO-3 only the weights are gathered
+here: DeepSpeed keeps optimizer states in files of its own.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from torch.distributed.tensor import DTensor
 from vocabridge.distillation_model import DistillationModel
 from vocabridge.errors import UserError
 from vocabridge.saving import ADAPTER_FILE, existing, objective_state, student_state
+from vocabridge.zero import is_in_zero_pieces, whole
 
 
 def gather_weights(model: DistillationModel, *, device: torch.device, keep: bool) -> dict[str, Tensor]:
-    """Whole weights of a model that FSDP2 holds, on the CPU, gathered one by one; all ranks must call it.
+    """Whole weights of a model that FSDP2 or ZeRO-3 holds, on the CPU, gathered one by one; all ranks must call it.
 
     Args:
         model: the trained module.
@@ -36,11 +38,16 @@ def gather_weights(model: DistillationModel, *, device: torch.device, keep: bool
     gathered: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        identity = id(parameters.get(name, value))
+        parameter = parameters.get(name)
+        identity = id(value if parameter is None else parameter)
         if identity in frozen:
             continue  # only the adapter is saved
         if identity not in gathered:  # tied weights stay tied
-            gathered[identity] = _whole(value, device, keep=keep)
+            if parameter is not None and is_in_zero_pieces(parameter):
+                with whole([parameter]):
+                    gathered[identity] = _kept(parameter.detach().clone(), keep=keep)
+            else:
+                gathered[identity] = _whole(value, device, keep=keep)
         state[name] = gathered[identity]
     return state if keep else {}
 
@@ -111,5 +118,8 @@ def load_optimizer(model: DistillationModel, optimizer: torch.optim.Optimizer, p
 
 def _whole(value: Tensor, device: torch.device, *, keep: bool) -> Tensor:
     """On the CPU; empty where it is not kept."""
-    whole = cast(DTensor, value.to(device)).full_tensor() if isinstance(value, DTensor) else value
-    return whole.cpu() if keep else whole.new_empty(0)
+    return _kept(cast(DTensor, value.to(device)).full_tensor() if isinstance(value, DTensor) else value, keep=keep)
+
+
+def _kept(value: Tensor, *, keep: bool) -> Tensor:
+    return value.cpu() if keep else value.new_empty(0)

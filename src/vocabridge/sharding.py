@@ -89,11 +89,10 @@ def _check_fsdp(plugin: FullyShardedDataParallelPlugin, mixed_precision: str) ->
 
 
 def _check_deepspeed(plugin: DeepSpeedPlugin) -> None:
-    if plugin.zero_stage == 3:
+    if own := [name for name in ("optimizer", "scheduler") if name in plugin.deepspeed_config]:
         raise UserError(
-            "DeepSpeed ZeRO-3 is not supported: it gathers weights where a layer is called, and the output heads are "
-            "read outside of their layer; shard with FSDP2 instead, which saves the same memory (configs/fsdp2.yaml), "
-            "or use ZeRO-2 (configs/deepspeed_zero2.yaml)."
+            f"DeepSpeed's own {' and '.join(own)} would give projectors and discriminator the student's learning rate; "
+            "leave that out of its config and set training.optim and training.lr_scheduler_type."
         )
 
 

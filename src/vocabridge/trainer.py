@@ -44,6 +44,7 @@ from vocabridge.pairs import (
 )
 from vocabridge.sharding import fsdp_plugin, gather_for, start_alike, use_fsdp
 from vocabridge.training_arguments import DistillationConfig
+from vocabridge.zero import leave_objective_alone, load_models_whole, prepare_for_zero3, root_parameters, whole
 
 __all__ = ["DistillationConfig", "DistillationTrainer"]
 
@@ -159,6 +160,7 @@ class DistillationTrainer(CheckpointingTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         """As in ``transformers``; FSDP also on a CPU, and without rounding at the root."""
         super().create_accelerator_and_postprocess()
+        load_models_whole()  # which starting DeepSpeed has undone
         if (plugin := fsdp_plugin(self.args)) is not None:
             use_fsdp(self.accelerator, plugin)
             self.is_fsdp_enabled = True
@@ -185,11 +187,15 @@ class DistillationTrainer(CheckpointingTrainer):
             self.interrupt.restore()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        if self.is_fsdp_enabled and not self.is_engine_running:
+        if self.is_engine_sharded and not self.is_engine_running:
             start_alike(self.distillation_model, self.args.device)
+            if self.is_zero3:
+                prepare_for_zero3(self.distillation_model)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.is_fsdp_enabled:
             gather_for(self.distillation_model, "probe")
+        if self.is_zero3:
+            leave_objective_alone(self.deepspeed, self.distillation_model)
         return prepared
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -348,8 +354,12 @@ class DistillationTrainer(CheckpointingTrainer):
         was_training = self.objective_module.training
         self.objective_module.eval()
         try:
-            with self._autocast() if self.is_engine_sharded else nullcontext():
-                report = self.distillation_model.probe(batch, self.teacher.embedding)
+            model = self.distillation_model
+            with (
+                self._autocast() if self.is_engine_sharded else nullcontext(),
+                whole(root_parameters(model)) if self.is_zero3 else nullcontext(),
+            ):
+                report = model.probe(batch, self.teacher.embedding)
         finally:
             self.objective_module.train(was_training)
         return {f"probe/{name}": value for name, value in report.items() if math.isfinite(value)}

@@ -13,6 +13,7 @@ from vocabridge.compilation import check_compilation
 from vocabridge.errors import UserError
 from vocabridge.prompts import Template
 from vocabridge.sharding import check_engine, check_shared_teacher
+from vocabridge.zero import load_models_whole, tell_deepspeed_of_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class DistillationConfig(TrainingArguments):
         check_engine(self)
         if self.shard_teacher:
             check_shared_teacher(self)
+        load_models_whole()
+        tell_deepspeed_of_cpu(self.device)
         if self.torch_compile:
             check_compilation(str(self.torch_compile_backend), self.torch_compile_mode, self.device)
         for name in ("projector_learning_rate", "discriminator_learning_rate"):

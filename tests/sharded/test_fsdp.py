@@ -12,23 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sharded_cases as cases
+from sharded_cases import assert_close, assert_same_files
 from tiny_pair import student_model
 from vocabridge.errors import UserError
-
-
-def assert_close(found, expected, *, rel=1e-4):
-    assert found.keys() == expected.keys()
-    assert len(expected) == 4
-    assert len(set(expected.values())) == 4, "nothing was trained"
-    for step, loss in expected.items():
-        assert found[step] == pytest.approx(loss, rel=rel), step
-
-
-def assert_same_files(found: Path, expected: Path, name: str, *, atol=1e-4):
-    first, second = load_file(found / name), load_file(expected / name)
-    assert first.keys() == second.keys()
-    for key, value in second.items():
-        torch.testing.assert_close(first[key], value, rtol=1e-3, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.parametrize("case", [*cases.OBJECTIVES, "checkpointing", "untied", "lora"])

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DeepSpeedPlugin
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from accelerate.utils import DeepSpeedPlugin, is_deepspeed_available
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import sharded_cases as cases
@@ -56,7 +56,14 @@ def arguments(tmp_path, **options):
 
 
 def test_there_is_a_config_for_each_way_to_scale():
-    assert set(CONFIGS) == {"single_gpu", "ddp", "fsdp2", "fsdp2_two_nodes", "deepspeed_zero2"}
+    assert set(CONFIGS) == {
+        "single_gpu",
+        "ddp",
+        "fsdp2",
+        "fsdp2_two_nodes",
+        "deepspeed_zero2",
+        "deepspeed_zero3",
+    }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -71,7 +78,14 @@ def test_accelerate_knows_every_key(name):
 
 @pytest.mark.parametrize(
     ("name", "processes", "machines"),
-    [("single_gpu", 1, 1), ("ddp", 8, 1), ("fsdp2", 8, 1), ("fsdp2_two_nodes", 16, 2), ("deepspeed_zero2", 8, 1)],
+    [
+        ("single_gpu", 1, 1),
+        ("ddp", 8, 1),
+        ("fsdp2", 8, 1),
+        ("fsdp2_two_nodes", 16, 2),
+        ("deepspeed_zero2", 8, 1),
+        ("deepspeed_zero3", 8, 1),
+    ],
 )
 def test_the_launcher_starts_so_many_processes(name, processes, machines):
     read = launcher_arguments(CONFIGS[name])
@@ -96,11 +110,10 @@ def test_fsdp_configs_reach_the_trainer_and_are_taken(name, tmp_path, engine_env
     check_engine(arguments(tmp_path))
 
 
-def test_deepspeed_config_reaches_the_trainer_and_is_taken(engine_environment):
-    read = launcher_arguments(CONFIGS["deepspeed_zero2"])
-    read.deepspeed_fields_from_accelerate_config = ""  # set by the step between the two
-    _, given = prepare_deepspeed_cmd_env(read)
-    wanted = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_configs_reach_the_trainer(engine_environment, stage):
+    given = cases.launch_environment(stage)
+    wanted = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
     assert wanted.items() <= given.items()
     assert given["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == given["ACCELERATE_GRADIENT_CLIPPING"] == "auto"
 
@@ -125,13 +138,13 @@ def test_what_fsdp_cannot_do_is_refused(tmp_path, engine_environment, environmen
         check_engine(arguments(tmp_path, **options))
 
 
-def test_zero3_is_refused_and_fsdp2_named(tmp_path, engine_environment):
+def test_deepspeeds_own_optimizer_is_refused(tmp_path, engine_environment):
     given = arguments(tmp_path)
     given.deepspeed_plugin = object.__new__(DeepSpeedPlugin)
-    given.deepspeed_plugin.zero_stage = 2
+    given.deepspeed_plugin.deepspeed_config = {"zero_optimization": {"stage": 3}}
     check_engine(given)
-    given.deepspeed_plugin.zero_stage = 3
-    with pytest.raises(UserError, match=r"configs/fsdp2\.yaml"):
+    given.deepspeed_plugin.deepspeed_config |= {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}
+    with pytest.raises(UserError, match=r"optimizer and scheduler would .* training\.optim and"):
         check_engine(given)
 
 
@@ -175,7 +188,12 @@ def test_a_trainer_without_a_teacher_that_runs_is_refused(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_accelerate_launch_trains_an_adapter_under_fsdp(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_accelerate_launch_trains_and_evaluates_an_adapter(
+    tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer, engine
+):
+    if engine == "DEEPSPEED" and not is_deepspeed_available():
+        pytest.skip("DeepSpeed is not installed; see the end of 'make venv'")
     save_pair(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     recipe = {
@@ -194,11 +212,16 @@ def test_accelerate_launch_trains_an_adapter_under_fsdp(tmp_path, tiny_bpe_token
             "ddp_backend": "gloo",
             "shard_teacher": True,
         },
+        "evaluation": {"data": "train.jsonl", "seeds": [10], "max_new_tokens": 4, "batch_size": 2},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS["fsdp2"])]
+    config, program = {
+        "FSDP": ("fsdp2", ["-m", "vocabridge"]),
+        "DEEPSPEED": ("deepspeed_zero3", [str(Path(__file__).with_name("vocabridge_on_gloo.py"))]),
+    }[engine]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS[config])]
     done = subprocess.run(
-        [*launcher, "--num_processes", "2", "--main_process_port", "0", "-m", "vocabridge", "distill", "recipe.yaml"],
+        [*launcher, "--num_processes", "2", "--main_process_port", "0", *program, "distill", "recipe.yaml"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -209,7 +232,8 @@ def test_accelerate_launch_trains_an_adapter_under_fsdp(tmp_path, tiny_bpe_token
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "run"
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    assert (record["engine"], record["num_processes"]) == ("FSDP", 2)
+    assert (record["engine"], record["num_processes"]) == (engine, 2)
+    assert json.loads((run / "evaluation" / "results.json").read_text(encoding="utf-8"))
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     merged, base = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (run, tmp_path / "student"))
     assert merged.keys() == base.keys()
