@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit status of a command stopped by Ctrl-C, as shells count it."""
 
+_UsageError: Any = typer.BadParameter.__base__
+"""Of words that no command takes; typer has no public name for it."""
+
 _SAME_COMMAND = "the same command goes on where it stopped"
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """A full or failing disk, a quota, a folder that may not be written: not bugs, so they need no traceback."""
@@ -80,8 +83,13 @@ def _repeat_options(args: list[str], lists: set[str]) -> list[str]:
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 2, without a traceback."""
     try:
-        app(prog_name="vocabridge")
+        sys.exit(app(prog_name="vocabridge", standalone_mode=False))
     except FailedElsewhere:
+        sys.exit(2)
+    except _UsageError as error:
+        if message := error.format_message():  # none of a command without words, whose help has been shown
+            command = error.ctx.command_path if error.ctx else "vocabridge"
+            print(f"error: {visible(message).rstrip('.')}; see {command} --help.", file=sys.stderr)
         sys.exit(2)
     except UserError as error:
         # A DataLoader worker's error comes back with its traceback in the message; the sentence is at its end.

@@ -174,9 +174,10 @@ def _command(request: dict[str, Any]) -> int:
 
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with open(request["log"], "wb") as log, open(os.devnull, "rb") as nothing:
-        for descriptor in (1, 2):
-            os.dup2(log.fileno(), descriptor)
+    for descriptor, name in ((1, request["output"]), (2, request["errors"])):
+        with open(name, "wb") as stream:
+            os.dup2(stream.fileno(), descriptor)
+    with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.chdir(request["folder"])
     os.environ.update(request["environment"])

@@ -7,11 +7,11 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -26,7 +26,6 @@ from vocabridge.models.spec import Dtype, ModelSpec, Side, check_side
 
 logger = logging.getLogger(__name__)
 
-_LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
 _NEEDS_CODE = (
     "it ships with Python code of its own, which can do anything on this machine; read that code, then set "
     "trust_remote_code: true for this model, or choose another one"
@@ -43,7 +42,10 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """
     name = spec.tokenizer or spec.model
     checkpoint = find_checkpoint(name)
-    with _as_user_error(f"'{name}': no tokenizer can be loaded; if it lies elsewhere, set the field 'tokenizer'"):
+    files = Path(checkpoint.name) / "tokenizer.json"
+    lacks_file = checkpoint.is_local and checkpoint.gguf_file is None and not files.is_file()
+    why = "has no tokenizer.json, and none can be made of its other files" if lacks_file else "cannot be loaded"
+    with _as_user_error(f"'{name}': the tokenizer {why}; if it lies elsewhere, set the field 'tokenizer'"):
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.name, **hub_options(spec, checkpoint), **_gguf_options(checkpoint)
         )
@@ -177,8 +179,15 @@ def _load(spec: ModelSpec, device: torch.device, config: PretrainedConfig | None
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=spec.attn_implementation,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, by name
             **hub_options(spec, checkpoint),
             **_weight_options(spec, checkpoint, device),
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise UserError(
+            f"'{spec.model}': config.json does not fit the weights: {name} is {list(stored)} in the file and "
+            f"{list(expected)} by the configuration; save or download the model again."
         )
     if missing := sorted(report["missing_keys"]):
         raise UserError(
@@ -292,7 +301,7 @@ def _device(name: str | None) -> torch.device:
 def _as_user_error(what: str) -> Iterator[None]:
     try:
         yield
-    except _LOAD_ERRORS as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise whatever a damaged file leads them to
         raise UserError(f"{what}: {_NEEDS_CODE if 'trust_remote_code' in str(error) else one_line(error)}") from error
