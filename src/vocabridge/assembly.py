@@ -110,8 +110,10 @@ def check_lengths(pairs: PairDataset | StreamingPairs | None, sides: Mapping[Sid
         return
     for side, model in sides.items():
         most = None if model is None else learned_positions(model)
-        longest = max(len(getattr(pair, side).input_ids) for pair in pairs) if most is not None else 0
-        if most is not None and longest > most:
+        if most is None:
+            continue
+        longest = max(len(tokens.input_ids) for pair in pairs if (tokens := getattr(pair, side)) is not None)
+        if longest > most:
             raise UserError(
                 f"{side}: the longest row has {longest} tokens, but the model has positions for {most}; set "
                 f"data.max_length to {most} or less."
@@ -120,7 +122,7 @@ def check_lengths(pairs: PairDataset | StreamingPairs | None, sides: Mapping[Sid
 
 def told_if_swapped(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Say so where the student is the larger one, which is rarely meant but can be."""
-    sizes = [sum(parameter.numel() for parameter in base_model(model).parameters()) for model in (student, teacher)]
+    sizes = [base_model(model).num_parameters() for model in (student, teacher)]
     if sizes[0] > sizes[1]:
         logger.warning(
             "the student has %s parameters and the teacher %s: if they were swapped, swap the models of the sections "

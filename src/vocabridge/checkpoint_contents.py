@@ -62,7 +62,7 @@ def check_contents(checkpoint: Path, *, parameter_groups: Sequence[Sequence[Shap
     optimizer = checkpoint / OPTIMIZER_NAME
     if parameter_groups is not None and optimizer.is_file():
         with _refusal(optimizer):
-            _check_optimizer(_load(optimizer), parameter_groups)
+            _check_optimizer(_load(optimizer, stays_on_disk=True), parameter_groups)
 
 
 def check_weights(checkpoint: Path, student: PreTrainedModel, objective: Objective) -> None:
@@ -83,9 +83,9 @@ def check_weights(checkpoint: Path, student: PreTrainedModel, objective: Objecti
             raise UserError(f"{checkpoint}: the weights of '{name}' are not finite; {_REMEDY}.")
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, *, stays_on_disk: bool = False) -> dict[str, Any]:
     with safe_globals():
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=stays_on_disk)
     if not isinstance(found, dict):
         raise TypeError(f"it holds a {type(found).__name__}")
     return found

@@ -222,8 +222,7 @@ def plan(
     from vocabridge.plan.tables import plan_tables, verdict
     from vocabridge.recipe import load_recipe
 
-    if json and not json.parent.is_dir():
-        raise UserError(f"--json {json}: the folder {json.parent} does not exist.")
+    _check_json(json)
     size = parse_size(device_memory, option="--device-memory") if device_memory else accelerator_memory()
     planned = recipe_plan(
         load_recipe(recipe, overrides or []), strategy=strategy, world_size=world_size, device_memory=size
@@ -275,8 +274,7 @@ def inspect_pair(
     from vocabridge.pairs import PairTokenizer
     from vocabridge.text import read_examples
 
-    if json and not json.parent.is_dir():
-        raise UserError(f"--json {json}: the folder {json.parent} does not exist.")
+    _check_json(json)
     examples = read_examples(data, limit=limit)  # first: a mistake in the data shows before tokenizers load
     pair_tokenizer = PairTokenizer(
         load_tokenizer(ModelSpec(model=student)),
@@ -484,6 +482,14 @@ def generate_data(
     if ranks.is_first:
         left_out = f"{written.num_unfinished} unfinished and {written.num_empty} empty answers left out"
         print(f"{written.path}: {written.num_rows} rows; {left_out}")
+
+
+def _check_json(path: Path | None) -> None:
+    """Refuse a file that could not be written, before the work for it is done."""
+    if path and not path.parent.is_dir():
+        raise UserError(f"--json {path}: the folder {path.parent} does not exist.")
+    if path and path.is_dir():
+        raise UserError(f"--json {path} is a folder; name a file.")
 
 
 def _note_unused(recipe: Recipe) -> None:

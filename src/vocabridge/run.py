@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -173,11 +172,6 @@ def _train(trainer: DistillationTrainer, checkpoint: str | None) -> None:
             "a process that prepares batches has died, perhaps for want of memory; the checkpoints are whole, so go on "
             "with --resume, and with fewer training.dataloader_num_workers."
         ) from error
-    except UnpicklingError as error:
-        raise UserError(
-            f"{checkpoint}: its optimizer.pt, scheduler.pt or a rng_state file holds more than tensors and numbers, "
-            "which could run any code and is not read; resume from another checkpoint, or start anew with --overwrite."
-        ) from error
 
 
 def _final_weights(trainer: DistillationTrainer, state: TrainerState, last: Path) -> Path:
@@ -266,13 +260,18 @@ def _check_folder(run_dir: Path, recipe: Recipe, *, resume: bool, overwrite: boo
             f"training.output_dir: {run_dir} is not empty; add --resume to go on from its last checkpoint, "
             "--overwrite to delete it, or name another folder."
         )
-    elif used and not is_run:
+    elif used and not is_run and not all(map(_may_come_before_a_run, run_dir.iterdir())):
         raise UserError(
             f"training.output_dir: {run_dir} does not look like a run folder (no {' or '.join(_RUN_FILES)}), so there "
             "is nothing to resume; name another folder."
         )
     elif used:
         _check_same_recipe(run_dir / _RECIPE_FILE, recipe)
+
+
+def _may_come_before_a_run(path: Path) -> bool:
+    """A study's own files, hidden ones, and what a kill left half written."""
+    return path.name.startswith(("study", ".")) or path.suffix == ".tmp"
 
 
 def _check_same_recipe(path: Path, recipe: Recipe) -> None:

@@ -25,8 +25,9 @@ def in_study(name: str, *says: str, **changes: Any) -> BadInput:
 
 def own_objective(name: str, code: str, *says: str) -> BadInput:
     def spoil(folder: Path) -> None:
-        (folder / "own_objective.py").write_text(code)
-        change_yaml(folder / RECIPE, objective={"name": "own_objective"})
+        (folder / "own").mkdir()
+        (folder / "own" / "objective.py").write_text(code)
+        change_yaml(folder / RECIPE, objective={"name": "own.objective"})
 
     return BadInput(name, says, spoil)
 
@@ -54,8 +55,8 @@ FILES = [
 ]
 
 NUMBERS = [
-    set_in_recipe("training.learning_rate: negative", -0.1, "recipe.yaml:18", "greater than 0", "-0.1"),
-    set_in_recipe("training.learning_rate: NaN", float("nan"), "recipe.yaml:18: training.learning_rate", "finite"),
+    set_in_recipe("training.learning_rate: negative", -0.1, "recipe.yaml:20", "greater than 0", "-0.1"),
+    set_in_recipe("training.learning_rate: NaN", float("nan"), "recipe.yaml:20: training.learning_rate", "finite"),
     set_in_recipe("training.learning_rate: a word", "fast", "training.learning_rate must be a number", "'fast'"),
     set_in_recipe("training.weight_decay: negative", -1, "training.weight_decay must be at least 0", "-1"),
     set_in_recipe("training.adam_beta1: beyond 1", 2.0, "training.adam_beta1 must be less than 1", "2.0"),
@@ -96,7 +97,6 @@ NAMES = [
     set_in_recipe("student.dtype: unknown", "float8", "student.dtype must be one of 'auto', 'float32'", "'float8'"),
     set_in_recipe("training.lr_scheduler_type: unknown", "linaer", "one of", "did you mean 'linear'"),
     set_in_recipe("training.optim: package missing", "adamw_bnb_8bit", "training.optim: You need to install"),
-    set_in_recipe("training.optim: own parameter groups", "galore_adamw", "training.optim", "galore"),
     set_in_recipe("training.report_to: unknown", "notebook", "notebook is not supported", "change or leave out"),
     set_in_recipe("training.report_to: package missing", "wandb", "requires wandb to be installed"),
     set_in_recipe("training.debug: unknown", "everything", "everything is not a valid DebugOption"),
@@ -164,7 +164,7 @@ STUDIES = [
     in_study("study: a variant's name leads out", "no variant's name", variants={"plain": None, "../x": None}),
     in_study(
         "study: a variant's key misspelled",
-        "study.yaml:8: variants.kd: training.sed is unknown",
+        "study.yaml:11: variants.kd: training.sed is unknown",
         variants={"plain": {"teacher": None, "objective": {"name": "cross_entropy"}}, "kd": {"training.sed": 1}},
     ),
     in_study(

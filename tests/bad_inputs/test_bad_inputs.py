@@ -1,4 +1,4 @@
-"""Every bad input ends in exit status 2 and a sentence that names place, mistake and mend, and leaves nothing behind."""
+"""Every bad input ends in exit status 2 and a sentence with place, mistake and mend, and leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ TOKENIZERS = [
     ),
     BadInput(
         "tokenizer elsewhere, where nothing is",
-        ("recipe.yaml:6: student.tokenizer names './tok', which does not exist",),
+        ("recipe.yaml:7: student.tokenizer names './tok', which does not exist",),
         lambda folder: change_yaml(folder / "recipe.yaml", student__tokenizer="./tok"),
     ),
     BadInput(

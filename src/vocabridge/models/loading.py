@@ -42,8 +42,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """
     name = spec.tokenizer or spec.model
     checkpoint = find_checkpoint(name)
-    files = Path(checkpoint.name) / "tokenizer.json"
-    lacks_file = checkpoint.is_local and checkpoint.gguf_file is None and not files.is_file()
+    has_file = (Path(checkpoint.name) / "tokenizer.json").is_file()
+    lacks_file = checkpoint.is_local and checkpoint.gguf_file is None and not has_file
     why = "has no tokenizer.json, and none can be made of its other files" if lacks_file else "cannot be loaded"
     with _as_user_error(f"'{name}': the tokenizer {why}; if it lies elsewhere, set the field 'tokenizer'"):
         tokenizer = AutoTokenizer.from_pretrained(
