@@ -43,7 +43,7 @@ def rehearse(
             num_training_steps=2,
             scheduler_specific_kwargs=_mapping(args.lr_scheduler_kwargs),
         )
-    with _refusal("dataloader_num_workers and the other dataloader_ arguments"):
+    with _refusal("dataloader_num_workers, dataloader_persistent_workers and dataloader_multiprocessing_context"):
         DataLoader(
             [0],  # type: ignore[arg-type]  # a list will do
             num_workers=args.dataloader_num_workers,
@@ -68,5 +68,5 @@ def _refusal(keys: str) -> Iterator[None]:
         yield
     except Exception as error:  # torch and transformers raise ValueError, TypeError, AssertionError, ImportError, ...
         raise UserError(
-            f"training: {keys} do not go together: {one_line(error).rstrip('.')}; change or leave out one of them."
+            f"training: {keys}: {one_line(error).rstrip('.')}; change or leave out what does not fit."
         ) from error

@@ -116,7 +116,7 @@ SYNTAX = [
         ("train.jsonl:1: broken JSON", "one whole JSON object per line"),
         write(json.dumps(json.loads(GOOD_LINE), indent=2).encode()),
     ),
-    second_line("a line that was cut", GOOD_LINE[:40], "Unterminated string", "one whole JSON object per line"),
+    second_line("a line that was cut", GOOD_LINE[:50], "Unterminated string", "one whole JSON object per line"),
     second_line("two objects in a line", GOOD_LINE.strip() * 2, "Extra data", "one whole JSON object per line"),
     second_line("single quotes", b"{'prompt': 'a', 'response': 'b'}", "double quotes"),
     BadInput("CSV", ("train.jsonl:1: broken JSON at column 1",), write(b"prompt,response\na,b\n")),

@@ -58,9 +58,7 @@ MODELS = [
         "student.model: no such folder", "./studnet", "recipe.yaml:5: student.model names './studnet'", "not exist"
     ),
     set_in_recipe("student.model: a file", WEIGHTS, "model.safetensors' is a file", "give the folder"),
-    BadInput(
-        "an empty folder", ("student': the tokenizer has no tokenizer.json",), lambda folder: empty(folder / "student")
-    ),
+    BadInput("an empty folder", ("student' has no tokenizer.json",), lambda folder: empty(folder / "student")),
     BadInput(
         "config.json missing",
         ("student' has no config.json", "not a checkpoint"),

@@ -172,7 +172,7 @@ STUDIES = [
     ),
     BadInput(
         "study: a recipe given as one",
-        ("recipe.yaml", "is unknown"),
+        ("recipe.yaml", "base is missing"),
         nothing,
         ("study", "recipe.yaml"),
         num_sentences=10,

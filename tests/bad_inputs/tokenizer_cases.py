@@ -87,7 +87,7 @@ TOKENIZERS = [
     ),
     BadInput(
         "tokenizer.json missing",
-        ("student': the tokenizer has no tokenizer.json", "set the field 'tokenizer'"),
+        ("student' has no tokenizer.json", "set the field 'tokenizer'"),
         lambda folder: (folder / FILE).unlink(),
     ),
     BadInput(

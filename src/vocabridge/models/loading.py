@@ -44,8 +44,9 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     checkpoint = find_checkpoint(name)
     has_file = (Path(checkpoint.name) / "tokenizer.json").is_file()
     lacks_file = checkpoint.is_local and checkpoint.gguf_file is None and not has_file
-    why = "has no tokenizer.json, and none can be made of its other files" if lacks_file else "cannot be loaded"
-    with _as_user_error(f"'{name}': the tokenizer {why}; if it lies elsewhere, set the field 'tokenizer'"):
+    lack = " has no tokenizer.json, and no tokenizer can be made of its other files"
+    what = f"'{name}'{lack if lacks_file else ': the tokenizer cannot be loaded'}"
+    with _as_user_error(what, "mend or download its files again, or set the field 'tokenizer' if it lies elsewhere"):
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.name, **hub_options(spec, checkpoint), **_gguf_options(checkpoint)
         )
@@ -157,7 +158,7 @@ def check_tokenizer_matches(tokenizer: PreTrainedTokenizerBase, model: PreTraine
     if padded < 0 or padded > max(_MAX_PADDED_ROWS, num_rows // 10):
         raise UserError(
             f"{side}: the tokenizer has {num_ids} ids and the model {num_rows} embeddings, so they do not belong "
-            f"together; check {side}.model and {side}.tokenizer."
+            f"together; check {side}.model and {side}.tokenizer, or resize the embeddings if tokens were added."
         )
     logger.info("%s: %d tokens, %d padded embedding rows", side, num_ids, padded)
     return padded
@@ -172,7 +173,8 @@ def _load(spec: ModelSpec, device: torch.device, config: PretrainedConfig | None
         _check_config(spec, own_config)
         dtype = _chosen_dtype(spec, own_config, device)
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # annotated as returning no report
-    with _as_user_error(f"'{spec.model}': the model cannot be loaded"):
+    mend = "change that setting, or download the model again if a file is damaged"
+    with _as_user_error(f"'{spec.model}': the model cannot be loaded", mend):
         model, report = from_pretrained(
             checkpoint.name,
             config=config,
@@ -209,7 +211,7 @@ def read_config(spec: ModelSpec, checkpoint: Checkpoint) -> PretrainedConfig:
     Raises:
         UserError: there is none that can be read.
     """
-    with _as_user_error(f"'{spec.model}': config.json cannot be read"):
+    with _as_user_error(f"'{spec.model}': config.json cannot be read", "download the model again, or choose another"):
         return AutoConfig.from_pretrained(checkpoint.name, **hub_options(spec, checkpoint))
 
 
@@ -298,10 +300,11 @@ def _device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def _as_user_error(what: str) -> Iterator[None]:
+def _as_user_error(what: str, mend: str) -> Iterator[None]:
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # the libraries raise whatever a damaged file leads them to
-        raise UserError(f"{what}: {_NEEDS_CODE if 'trust_remote_code' in str(error) else one_line(error)}") from error
+        reason = f"{one_line(error).rstrip('.')}; {mend}."
+        raise UserError(f"{what}: {_NEEDS_CODE if 'trust_remote_code' in str(error) else reason}") from error
