@@ -84,8 +84,11 @@ def check_weights(checkpoint: Path, student: PreTrainedModel, objective: Objecti
 
 
 def _load(path: Path, *, stays_on_disk: bool = False) -> dict[str, Any]:
-    with safe_globals():
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=stays_on_disk)
+    try:
+        with safe_globals():
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=stays_on_disk)
+    except RuntimeError as error:
+        raise ValueError("it is cut, or no file that torch.save wrote") from error
     if not isinstance(found, dict):
         raise TypeError(f"it holds a {type(found).__name__}")
     return found

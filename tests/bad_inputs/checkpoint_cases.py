@@ -144,7 +144,7 @@ RESUMING = [
     holds("log_window.json", "{}", "cannot be used", "last_logged_step", ANEW),
     holds("scheduler.pt", "nope", "could run any code", ANEW),
     holds("rng_state.pth", "nope", "could run any code", ANEW),
-    holds("optimizer.pt", "nope", "cannot be used", ANEW),
+    holds("optimizer.pt", "nope", "no file that torch.save wrote", ANEW),
     holds("model.safetensors", "nope", "cannot be used", ANEW),
     holds("objective.safetensors", "nope", "cannot be used", ANEW),
     lacks("trainer_state.json", "/trainer_state.json", ANEW),

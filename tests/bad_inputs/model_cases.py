@@ -121,12 +121,12 @@ MODELS = [
     BadInput("an index that is cut", ("index.json is damaged", "again"), index(None)),
     BadInput(
         "a student that is not finite",
-        ("logits are not finite", "load others"),
+        ("student): the model's own logits are not finite", "load others"),
         not_finite("student", "model.norm.weight"),
     ),
     BadInput(
         "a teacher that is not finite",
-        ("logits are not finite", "load others"),
+        ("teacher): the model's own logits are not finite", "load others"),
         not_finite("teacher", "lm_head.weight"),
     ),
     BadInput(
@@ -148,7 +148,12 @@ MODELS = [
         "student.lora: the head", {"target_modules": ["lm_head"]}, "'lm_head' is the output head", "leave it out"
     ),
     set_in_recipe(
-        "student.attn_implementation: unknown", "flash", "student': the model cannot be loaded", '"flash" is not'
+        "student.attn_implementation: unknown",
+        "flash",
+        "student': the model cannot be loaded",
+        'attn_implementation="flash"',
+        "not supported",
+        "change that setting",
     ),
     set_in_recipe("teacher.quantization: package or device missing", "4bit", "quantization: 4bit needs"),
     BadInput(
