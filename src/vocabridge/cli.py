@@ -89,7 +89,8 @@ def main() -> None:
     except _UsageError as error:
         if message := error.format_message():  # none of a command without words, whose help has been shown
             command = error.ctx.command_path if error.ctx else "vocabridge"
-            print(f"error: {visible(message).rstrip('.')}; see {command} --help.", file=sys.stderr)
+            end = "" if message.endswith((".", "?")) else "."
+            print(f"error: {visible(message)}{end} See {command} --help.", file=sys.stderr)
         sys.exit(2)
     except UserError as error:
         # A DataLoader worker's error comes back with its traceback in the message; the sentence is at its end.

@@ -14,16 +14,16 @@ def words(name: str, command: tuple[str, ...], *says: str) -> BadInput:
 
 
 COMMANDS = [
-    words("an unknown command", ("distil",), "No such command 'distil'", "see vocabridge --help"),
+    words("an unknown command", ("distil",), "No such command 'distil'", "See vocabridge --help"),
     words(
         "an unknown option",
         (*DISTILL, "--resum"),
         "No such option: --resum",
         "--resume",
-        "see vocabridge distill --help",
+        "See vocabridge distill --help",
     ),
-    words("no recipe", ("validate",), "Missing argument 'RECIPE'", "see vocabridge validate --help"),
-    words("no data", ("evaluate", "student"), "Missing option '--data'", "see vocabridge evaluate --help"),
+    words("no recipe", ("validate",), "Missing argument 'RECIPE'", "See vocabridge validate --help"),
+    words("no data", ("evaluate", "student"), "Missing option '--data'", "See vocabridge evaluate --help"),
     words(
         "an override without a value",
         (*DISTILL, "training.seed"),
@@ -33,8 +33,8 @@ COMMANDS = [
     words("an override through a value", (*DISTILL, "data.train.x=1"), "data.train is a value, it has no keys"),
     words("an override that is no YAML", (*DISTILL, "data.train=[a"), "not valid YAML", "quote it"),
     words("resume and overwrite", (*DISTILL, "--resume", "--overwrite"), "exclude each other"),
-    words("a seed that is a word", (*EVALUATE, "--seeds", "x"), "'--seeds'", "see vocabridge evaluate --help"),
-    words("a negative seed", (*EVALUATE, "--seeds", "1", "-2"), "-2", "see vocabridge evaluate --help"),
+    words("a seed that is a word", (*EVALUATE, "--seeds", "x"), "'--seeds'", "See vocabridge evaluate --help"),
+    words("a negative seed", (*EVALUATE, "--seeds", "1", "-2"), "-2", "See vocabridge evaluate --help"),
     words("a temperature that is no number", (*EVALUATE, "--temperature", "nan"), "'--temperature'"),
     words("a nucleus of nothing", (*EVALUATE, "--top-p", "0"), "top_p"),
     words("responses of no tokens", (*EVALUATE, "--max-new-tokens", "0"), "'--max-new-tokens'", "1"),
