@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 from pathlib import Path
@@ -41,12 +40,6 @@ def one_endless_line(folder: Path) -> None:
     os.truncate(folder / "train.jsonl", 100_000_000)
 
 
-def a_response_of_100_megabytes(folder: Path) -> None:
-    (folder / "train.jsonl").write_bytes(
-        b'{"prompt": "a", "response": "' + bytes(100_000_000).replace(b"\0", b"w") + b'"}\n'
-    )
-
-
 def a_response_of_5_megabytes(folder: Path) -> None:
     (folder / "train.jsonl").write_bytes(GOOD_LINE + json.dumps({"prompt": "a", "response": "w" * 5_000_000}).encode())
 
@@ -71,7 +64,6 @@ ENCODING = [
     BadInput(
         "UTF-16", ("train.jsonl:1: byte 0", "not UTF-8", "convert it"), write(GOOD_LINE.decode().encode("utf-16"))
     ),
-    BadInput("gzip", ("train.jsonl:1: byte 1", "not UTF-8"), write(gzip.compress(GOOD_LINE))),
     second_line(
         "half a surrogate pair", b'{"prompt": "a", "response": "x \\ud83d"}', "'response'", "ud83d", "write the whole"
     ),
@@ -80,11 +72,6 @@ ENCODING = [
     ),
     BadInput("NULs at the end, as a crash leaves them", ("train.jsonl:2: broken JSON",), write(GOOD_LINE + bytes(512))),
     second_line("a byte order mark inside", b"\xef\xbb\xbf" + GOOD_LINE.strip(), "Unexpected UTF-8 BOM"),
-    BadInput(
-        "lines that end in a lone CR",
-        ("train.jsonl:1: broken JSON", "Extra data"),
-        write(GOOD_LINE.replace(b"\n", b"\r") * 2),
-    ),
 ]
 
 SIZE = [
@@ -92,9 +79,6 @@ SIZE = [
         "100 MB without a line's end",
         ("train.jsonl:1: the line is longer than 67,108,864 bytes", "one row per line"),
         one_endless_line,
-    ),
-    BadInput(
-        "a row of 100 MB", ("train.jsonl:1: the line is longer than", "one row per line"), a_response_of_100_megabytes
     ),
     BadInput(
         "a response of 5 MB",
@@ -111,13 +95,7 @@ SYNTAX = [
         ("train.jsonl:1: broken JSON", "one object per line"),
         write(b"[" + GOOD_LINE.strip() + b",\n" + GOOD_LINE.strip() + b"]"),
     ),
-    BadInput(
-        "one object over many lines",
-        ("train.jsonl:1: broken JSON", "one whole JSON object per line"),
-        write(json.dumps(json.loads(GOOD_LINE), indent=2).encode()),
-    ),
     second_line("a line that was cut", GOOD_LINE[:50], "Unterminated string", "one whole JSON object per line"),
-    second_line("two objects in a line", GOOD_LINE.strip() * 2, "Extra data", "one whole JSON object per line"),
     second_line("single quotes", b"{'prompt': 'a', 'response': 'b'}", "double quotes"),
     BadInput("CSV", ("train.jsonl:1: broken JSON at column 1",), write(b"prompt,response\na,b\n")),
     second_line(
@@ -145,7 +123,6 @@ ROWS = [
         "'prompt' must be a string, not an object",
     ),
     row("a response that is a number", {"prompt": "a", "response": 7}, "'response' must be a string, not a number"),
-    row("no references", {"prompt": "a", "response": []}, "'response' is an empty list", "at least one"),
     row(
         "a reference that is null", {"prompt": "a", "response": ["b", None]}, "'response[1]' must be a string, not null"
     ),
@@ -154,7 +131,6 @@ ROWS = [
     ),
     turns("the system comes late", "user", "system", "assistant", says=("messages[1].role is 'system'",)),
     turns("the user has the last word", "user", says=("'messages' ends with 'user'", "ending with the assistant")),
-    turns("two users", "user", "user", "assistant", says=("messages[1].role is 'user' where 'assistant' is expected",)),
     turns(
         "a role of another format",
         "human",
@@ -166,7 +142,6 @@ ROWS = [
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
         "'messages[0].content' must be a string, not a list",
     ),
-    row("a message without content", {"messages": [{"role": "user"}]}, "messages[0] has no 'content'"),
 ]
 
 NOTHING_LEFT = [

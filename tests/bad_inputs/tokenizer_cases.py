@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-import tokenizer_zoo
 from bad_inputs.cases import BadInput, Spoil
 from bad_inputs.workplace import change_json, change_yaml
 
@@ -70,21 +69,11 @@ TOKENIZERS = [
         added_tokens("student"),
     ),
     BadInput(
-        "added tokens beyond the teacher's embedding",
-        ("teacher: the tokenizer has 802 ids and the model 800", "check teacher.model"),
-        added_tokens("teacher"),
-    ),
-    BadInput(
         "tokenizers of student and teacher swapped",
         ("student: the tokenizer has 800 ids and the model 700", "student.tokenizer"),
         lambda folder: change_yaml(folder / "recipe.yaml", student__tokenizer="teacher", teacher__tokenizer="student"),
     ),
     BadInput("slow only", ("student' has no fast tokenizer (tokenizer.json)", "convert it first"), slow_only),
-    BadInput(
-        "another family's, without an end",
-        ("student' has no end token",),
-        lambda folder: tokenizer_zoo.word_piece().save_pretrained(folder / "student"),
-    ),
     BadInput(
         "tokenizer.json missing",
         ("student' has no tokenizer.json", "set the field 'tokenizer'"),
@@ -99,11 +88,6 @@ TOKENIZERS = [
         "tokenizer.json a list",
         ("student': the tokenizer cannot be loaded",),
         lambda folder: (folder / FILE).write_text("[]"),
-    ),
-    BadInput(
-        "tokenizer_config.json a list",
-        ("student': the tokenizer cannot be loaded",),
-        lambda folder: (folder / "student" / "tokenizer_config.json").write_text("[]"),
     ),
     BadInput(
         "tokenizer elsewhere, where nothing is",
@@ -125,11 +109,6 @@ TOKENIZERS = [
         "a template that is no Jinja",
         ("chat template", "fails on a plain conversation"),
         chat_template("{% for m in x %}"),
-    ),
-    BadInput(
-        "a template that refuses",
-        ("fails on a plain conversation: no users here",),
-        chat_template("{{ raise_exception('no users here') }}"),
     ),
     BadInput("a template that drops the answer", ("does not write the assistant's content",), chat_template("hello")),
     BadInput(
