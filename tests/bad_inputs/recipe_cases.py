@@ -87,7 +87,9 @@ NAMES = [
         lambda folder: change_yaml(folder / RECIPE, objective={"terms": [{"name": "alm", "weight": 0}]}),
     ),
     set_in_recipe("objective.name: a module that is not there", "my_thing.objective", "objective.name cannot be used"),
-    own_objective("an own objective with a syntax error", "def (", "objective.name cannot be used"),
+    own_objective(
+        "an own objective with a syntax error", "def (", "cannot be imported: SyntaxError", "objective.py, line 1"
+    ),
     set_in_recipe("student.dtype: unknown", "float8", "student.dtype must be one of 'auto', 'float32'", "'float8'"),
     set_in_recipe("training.optim: package missing", "adamw_bnb_8bit", "training.optim: You need to install"),
     set_in_recipe("training.report_to: package missing", "wandb", "requires wandb to be installed"),

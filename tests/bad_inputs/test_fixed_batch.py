@@ -27,7 +27,7 @@ def test_processes_that_do_not_divide_a_fixed_batch(workplaces: Workplaces) -> N
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
     assert ended.returncode != 0
     (sentence,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]

@@ -10,6 +10,7 @@ reads the mark kills it a moment later. Counting operations and not seconds make
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -158,6 +159,7 @@ def main() -> None:
     import vocabridge.study.runner  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # or each process would copy the pages of all modules when it first collects garbage
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
