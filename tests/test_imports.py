@@ -28,7 +28,8 @@ LAYERS: list[set[str]] = [
     {"distillation_model"},
     {"compilation", "sharding", "zero"},
     {"checkpoint_files"},
-    {"saving", "interrupt", "model_card", "run_record", "training_arguments", "pair_cache", "assembly", "diagnostics"},
+    {"saving", "interrupt", "model_card", "run_record", "training_arguments", "pair_cache", "assembly", "diagnostics"}
+    | {"checkpoint_contents", "rehearsal"},
     {"batching", "sharded_state"},
     {"resuming"},
     {"checkpointing"},

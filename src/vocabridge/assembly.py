@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,8 +12,8 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vocabridge.errors import UserError
-from vocabridge.models.capture import trunk_shape
-from vocabridge.models.heads import output_head
+from vocabridge.models.capture import learned_positions, trunk_shape
+from vocabridge.models.heads import base_model, output_head
 from vocabridge.models.loading import (
     check_tokenizer_matches,
     load_student,
@@ -28,6 +29,8 @@ from vocabridge.pair_cache import cached_pairs
 from vocabridge.pairs import PairDataset, PairTokenizer, StreamingPairs, TokenizedPair
 from vocabridge.recipe.objective import read_objective
 from vocabridge.text import Example, read_examples
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_model(
@@ -95,6 +98,37 @@ def build_objective(
         return parts[0]
     weighted = zip(settings.terms, parts, strict=True)
     return Composition([WeightedPart(term.name, term.weight, part) for term, part in weighted])
+
+
+def check_lengths(pairs: PairDataset | StreamingPairs | None, sides: Mapping[Side, PreTrainedModel | None]) -> None:
+    """Refuse rows that are longer than a model with learned positions can read: it has no embedding for the rest.
+
+    Raises:
+        UserError: names the side and both lengths.
+    """
+    if not isinstance(pairs, PairDataset):
+        return
+    for side, model in sides.items():
+        most = None if model is None else learned_positions(model)
+        if most is None:
+            continue
+        longest = max(len(tokens.input_ids) for pair in pairs if (tokens := getattr(pair, side)) is not None)
+        if longest > most:
+            raise UserError(
+                f"{side}: the longest row has {longest} tokens, but the model has positions for {most}; set "
+                f"data.max_length to {most} or less."
+            )
+
+
+def told_if_swapped(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Say so where the student is the larger one, which is rarely meant but can be."""
+    sizes = [base_model(model).num_parameters() for model in (student, teacher)]
+    if sizes[0] > sizes[1]:
+        logger.warning(
+            "the student has %s parameters and the teacher %s: if they were swapped, swap the models of the sections "
+            "student and teacher",
+            *(f"{size:,}" for size in sizes),
+        )
 
 
 def _width(embedding: nn.Module) -> int:

@@ -227,9 +227,17 @@ class CheckpointingTrainer(ResumableTrainer):
         if not path.is_file() or not (checkpoint / "trainer_state.json").is_file():
             return
         step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-        complete = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in complete if json.loads(line)["step"] <= step and "train_runtime" not in line]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _step_of(line) <= step and "train_runtime" not in line]
         write_in_one_piece(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    """Of a line of the log; infinite of one that a kill tore or that is no such line."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
 
 
 def on_all_ranks(args: TrainingArguments, step: Callable[[], object]) -> None:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit status of a command stopped by Ctrl-C, as shells count it."""
 
+_UsageError: Any = typer.BadParameter.__base__
+"""Of words that no command takes; typer has no public name for it."""
+
 _SAME_COMMAND = "the same command goes on where it stopped"
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """A full or failing disk, a quota, a folder that may not be written: not bugs, so they need no traceback."""
@@ -80,8 +83,14 @@ def _repeat_options(args: list[str], lists: set[str]) -> list[str]:
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 2, without a traceback."""
     try:
-        app(prog_name="vocabridge")
+        sys.exit(app(prog_name="vocabridge", standalone_mode=False))
     except FailedElsewhere:
+        sys.exit(2)
+    except _UsageError as error:
+        if message := error.format_message():  # none of a command without words, whose help has been shown
+            command = error.ctx.command_path if error.ctx else "vocabridge"
+            end = "" if message.endswith((".", "?")) else "."
+            print(f"error: {visible(message)}{end} See {command} --help.", file=sys.stderr)
         sys.exit(2)
     except UserError as error:
         # A DataLoader worker's error comes back with its traceback in the message; the sentence is at its end.
@@ -214,8 +223,7 @@ def plan(
     from vocabridge.plan.tables import plan_tables, verdict
     from vocabridge.recipe import load_recipe
 
-    if json and not json.parent.is_dir():
-        raise UserError(f"--json {json}: the folder {json.parent} does not exist.")
+    _check_json(json)
     size = parse_size(device_memory, option="--device-memory") if device_memory else accelerator_memory()
     planned = recipe_plan(
         load_recipe(recipe, overrides or []), strategy=strategy, world_size=world_size, device_memory=size
@@ -267,8 +275,7 @@ def inspect_pair(
     from vocabridge.pairs import PairTokenizer
     from vocabridge.text import read_examples
 
-    if json and not json.parent.is_dir():
-        raise UserError(f"--json {json}: the folder {json.parent} does not exist.")
+    _check_json(json)
     examples = read_examples(data, limit=limit)  # first: a mistake in the data shows before tokenizers load
     pair_tokenizer = PairTokenizer(
         load_tokenizer(ModelSpec(model=student)),
@@ -476,6 +483,14 @@ def generate_data(
     if ranks.is_first:
         left_out = f"{written.num_unfinished} unfinished and {written.num_empty} empty answers left out"
         print(f"{written.path}: {written.num_rows} rows; {left_out}")
+
+
+def _check_json(path: Path | None) -> None:
+    """Refuse a file that could not be written, before the work for it is done."""
+    if path and not path.parent.is_dir():
+        raise UserError(f"--json {path}: the folder {path.parent} does not exist.")
+    if path and path.is_dir():
+        raise UserError(f"--json {path} is a folder; name a file.")
 
 
 def _note_unused(recipe: Recipe) -> None:

@@ -9,7 +9,6 @@ tokenizers, templates as they render today (some write the date), the length lim
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -73,7 +72,7 @@ def pack(pairs: PairDataset) -> Arrays:
     """Plain arrays of everything in ``pairs``; each side's rows one after the other."""
     arrays: Arrays = {
         "truncated": np.array([pair.truncated for pair in pairs]),
-        "stats": np.array(dataclasses.astuple(pairs.stats)),
+        "stats": np.array(pairs.stats.counts),
     }
     for name in ("student", "teacher"):
         sides = [side for pair in pairs if (side := getattr(pair, name)) is not None]

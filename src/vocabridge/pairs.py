@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast, overload
 
@@ -246,6 +246,7 @@ class PairStats:
         dropped_long: whose prompt leaves no room for a response.
         control_spellings: whose plain prompt spells a control token, which is read as text.
         trailing_spaces: whose plain prompt ends in a space, which most tokenizers would join to the response.
+        first_dropped: where the first row without a pair stands.
     """
 
     rows: int = 0
@@ -255,6 +256,12 @@ class PairStats:
     dropped_long: int = 0
     control_spellings: int = 0
     trailing_spaces: int = 0
+    first_dropped: str = field(default="", compare=False)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """All numbers in their order."""
+        return astuple(self)[:-1]
 
     def summary(self) -> str:
         """One line for the log."""
@@ -373,10 +380,10 @@ def _tokenized(examples: Iterable[Example], pair_tokenizer: PairTokenizer, stats
             stats.kept += 1
             stats.truncated += outcome.truncated
             yield outcome
-        elif outcome == "empty":
-            stats.dropped_empty += 1
         else:
-            stats.dropped_long += 1
+            stats.first_dropped = stats.first_dropped or example.source
+            stats.dropped_empty += outcome == "empty"
+            stats.dropped_long += outcome == "long"
 
 
 def log_stats(stats: PairStats, max_length: int) -> None:
@@ -388,7 +395,8 @@ def log_stats(stats: PairStats, max_length: int) -> None:
     if not stats.kept:
         raise UserError(
             f"No row is left: of {stats.rows} rows, {stats.dropped_empty} have no response and {stats.dropped_long} "
-            f"have a prompt that leaves no room within max_length={max_length} tokens."
+            f"have a prompt that leaves no room within max_length={max_length} tokens (the first is "
+            f"{stats.first_dropped}); give rows with responses, or raise data.max_length."
         )
     level = logging.INFO if stats.kept == stats.rows and not stats.truncated else logging.WARNING
     logger.log(level, "%s (max_length %d)", stats.summary(), max_length)

@@ -6,14 +6,14 @@ import gc
 import logging
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -22,8 +22,11 @@ from vocabridge.cache_teacher import Processes, cache_teacher
 from vocabridge.checkpoint_files import check_whole, last_whole_checkpoint
 from vocabridge.checkpointing import METRICS_FILE
 from vocabridge.durable import write_in_one_piece
-from vocabridge.errors import UserError
+from vocabridge.errors import UserError, one_line
+from vocabridge.evaluation.engine import GenerationSettings
 from vocabridge.evaluation.evaluate import evaluate_model
+from vocabridge.evaluation.plan import EvaluationPlan, plan_evaluation
+from vocabridge.evaluation.responses import Responder
 from vocabridge.evaluation.results import EvaluationResult
 from vocabridge.model_card import write_model_card
 from vocabridge.models.cached_teacher import CachedTeacher
@@ -31,7 +34,9 @@ from vocabridge.models.loading import load_student, load_teacher, load_tokenizer
 from vocabridge.models.spec import ModelSpec
 from vocabridge.pairs import PairTokenizer, StreamingPairs
 from vocabridge.ranks import Ranks, launched_ranks
-from vocabridge.recipe import Recipe
+from vocabridge.recipe import EvaluationSettings, Recipe
+from vocabridge.recipe.loading import read_recipe_file
+from vocabridge.recipe.yaml_text import read_mapping
 from vocabridge.run_record import write_run_record
 from vocabridge.saving import OBJECTIVE_FILE, load_parts, load_student_weights, publish, save_student, staged_folder
 from vocabridge.text import Example, iter_examples, read_examples
@@ -88,10 +93,14 @@ def _distill(recipe: Recipe, ranks: Ranks, *, resume: bool, overwrite: bool) -> 
     ranks.on_first(lambda: _check_folder(run_dir, recipe, resume=resume, overwrite=overwrite))
     # The first rank looks for all, for it reads the files from end to end.
     checkpoint = ranks.on_first(lambda: last_whole_checkpoint(run_dir)) if resume else None
-    set_seed(arguments.seed)  # LoRA and projectors start at random, before the trainer sets its own seed
-    trainer = _build_trainer(recipe, arguments, ranks)
-    trainer.check_models()
-    ranks.wait()
+    with _without_traces(run_dir, ranks):
+        set_seed(arguments.seed)  # LoRA and projectors start at random, before the trainer sets its own seed
+        trainer = _build_trainer(recipe, arguments, ranks)
+        trainer.check_arguments()
+        trainer.check_models()
+        if checkpoint is not None:
+            ranks.on_first(partial(trainer.check_checkpoint, checkpoint))
+        ranks.wait()
     # Only now, when nothing in the recipe can be wrong any more, is the folder emptied or written to.
     facts = {"engine": trainer.accelerator.distributed_type.value, "num_processes": arguments.world_size}
     facts |= {"seed": arguments.seed, "objective": recipe.objective.name}
@@ -109,6 +118,36 @@ def _distill(recipe: Recipe, ranks: Ranks, *, resume: bool, overwrite: bool) -> 
     ranks.wait()  # the first one has the rest of the run folder to write
     evaluation = None if recipe.evaluation is None else _evaluate(recipe, run_dir, ranks=ranks)
     return RunResult(run_dir, interrupted=False, steps=steps, evaluation=evaluation)
+
+
+@contextmanager
+def _without_traces(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Make the run folder; if the block fails, what was made for it is gone again.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    try:
+        if ranks.is_first:
+            with _writing(run_dir):
+                run_dir.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # it is not empty, or was never made
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"training.output_dir: {run_dir} cannot be written ({error.strerror}); mend that or name another folder."
+        ) from error
 
 
 def _train(trainer: DistillationTrainer, checkpoint: str | None) -> None:
@@ -133,11 +172,6 @@ def _train(trainer: DistillationTrainer, checkpoint: str | None) -> None:
             "a process that prepares batches has died, perhaps for want of memory; the checkpoints are whole, so go on "
             "with --resume, and with fewer training.dataloader_num_workers."
         ) from error
-    except UnpicklingError as error:
-        raise UserError(
-            f"{checkpoint}: its optimizer.pt, scheduler.pt or a rng_state file holds more than tensors and numbers, "
-            "which could run any code and is not read; resume from another checkpoint, or start anew with --overwrite."
-        ) from error
 
 
 def _final_weights(trainer: DistillationTrainer, state: TrainerState, last: Path) -> Path:
@@ -155,7 +189,7 @@ def _claim(run_dir: Path, recipe: Recipe, facts: dict[str, Any], *, overwrite: b
     Raises:
         UserError: it cannot be written.
     """
-    try:
+    with _writing(run_dir):
         if overwrite:
             _empty(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -163,10 +197,6 @@ def _claim(run_dir: Path, recipe: Recipe, facts: dict[str, Any], *, overwrite: b
         write_run_record(run_dir, **facts)
         if is_fresh:  # of a run that was killed before its first checkpoint: its steps are about to be trained again
             (run_dir / METRICS_FILE).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"training.output_dir: {run_dir} cannot be written ({error.strerror}); mend that or name another folder."
-        ) from error
 
 
 def _empty(run_dir: Path) -> None:
@@ -216,10 +246,11 @@ def _cached_teacher(
 
 def _check_folder(run_dir: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     used = run_dir.is_dir() and any(run_dir.iterdir())
+    is_run = any((run_dir / name).exists() for name in _RUN_FILES) or any(run_dir.glob("checkpoint-*"))
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"training.output_dir: {run_dir} is a file; name a folder.")
     if used and overwrite:
-        if not any((run_dir / name).exists() for name in _RUN_FILES) and not any(run_dir.glob("checkpoint-*")):
+        if not is_run:
             raise UserError(
                 f"training.output_dir: {run_dir} does not look like a run folder (no {' or '.join(_RUN_FILES)}), "
                 "so --overwrite does not delete it; empty it yourself or name another folder."
@@ -229,17 +260,31 @@ def _check_folder(run_dir: Path, recipe: Recipe, *, resume: bool, overwrite: boo
             f"training.output_dir: {run_dir} is not empty; add --resume to go on from its last checkpoint, "
             "--overwrite to delete it, or name another folder."
         )
+    elif used and not is_run and not all(map(_may_come_before_a_run, run_dir.iterdir())):
+        raise UserError(
+            f"training.output_dir: {run_dir} does not look like a run folder (no {' or '.join(_RUN_FILES)}), so there "
+            "is nothing to resume; name another folder."
+        )
     elif used:
         _check_same_recipe(run_dir / _RECIPE_FILE, recipe)
+
+
+def _may_come_before_a_run(path: Path) -> bool:
+    """A study's own files, hidden ones, and what a kill left half written."""
+    return path.name.startswith(("study", ".")) or path.suffix == ".tmp"
 
 
 def _check_same_recipe(path: Path, recipe: Recipe) -> None:
     """A resumed run must be the same experiment; only how long it trains and what is measured may change."""
     if not path.is_file():
         return
-    before, now = yaml.safe_load(path.read_text(encoding="utf-8")) or {}, recipe.values()
+    try:
+        before = read_recipe_file(path).values
+    except UserError as error:
+        raise UserError(f"{error} Without it the run cannot be resumed; start anew with --overwrite.") from error
+    now = read_mapping(recipe.resolved_yaml(), source="recipe").values
     for section in sorted(set(before) | set(now)):
-        old, new = before.get(section), yaml.safe_load(yaml.safe_dump(now.get(section)))
+        old, new = before.get(section), now.get(section)
         changed = sorted(_changed_keys(section, old, new))
         fixed = [key for key in changed if not key.startswith(_FREE_KEYS)]
         if fixed:
@@ -252,7 +297,7 @@ def _check_same_recipe(path: Path, recipe: Recipe) -> None:
 
 
 def _changed_keys(section: str, old: Any, new: Any) -> set[str]:
-    old, new = old or {}, new or {}
+    old, new = old if isinstance(old, dict) else {}, new or {}
     return {f"{section}.{key}" for key in set(old) | set(new) if old.get(key) != new.get(key)}
 
 
@@ -263,17 +308,24 @@ def _training_arguments(recipe: Recipe) -> DistillationConfig:
     values = {**recipe.training.arguments(), "max_length": recipe.data.max_length, **templates}
     try:
         return DistillationConfig(**values)
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"training: {error}") from error
+    except UserError:
+        raise
+    except (ValueError, ImportError, RuntimeError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"training: {one_line(error).rstrip('.')}; change or leave out that setting.") from error
 
 
 def _build_trainer(recipe: Recipe, arguments: DistillationConfig, ranks: Ranks) -> DistillationTrainer:
     # Data first: a mistake in it should show before the models have been read.
     training_examples = None if recipe.data.streaming else _read(recipe.data.train, recipe.data.limit)
     validation_examples = _read(recipe.data.validation, None) if recipe.data.validation else None
+    if recipe.evaluation is not None:  # it comes last, after hours
+        _plan_evaluation(recipe.evaluation)
     student_tokenizer = load_tokenizer(recipe.student)
     teacher_tokenizer = load_tokenizer(recipe.teacher) if recipe.teacher else None
     student = load_student(recipe.student)
+    if recipe.evaluation is not None:
+        settings = _generation_settings(recipe.evaluation)
+        Responder.of(student.config, student_tokenizer, settings=settings, template=recipe.student.template)
     teacher: PreTrainedModel | CachedTeacher | None = None
     if recipe.teacher is not None and recipe.teacher.cache is not None:
         examples = (training_examples or []) + (validation_examples or [])
@@ -352,6 +404,25 @@ def _save_final(trainer: DistillationTrainer, run_dir: Path, recipe: Recipe) -> 
             last_log=logs[-1] if logs else {},
             has_learned_parts=(run_dir / OBJECTIVE_FILE).is_file(),
         )
+
+
+def _generation_settings(settings: EvaluationSettings) -> GenerationSettings:
+    return GenerationSettings(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        batch_size=settings.batch_size,
+    )
+
+
+def _plan_evaluation(settings: EvaluationSettings) -> EvaluationPlan:
+    return plan_evaluation(
+        settings.data,
+        seeds=settings.seeds,
+        settings=_generation_settings(settings),
+        limit=settings.limit,
+        in_domain=settings.in_domain,
+    )
 
 
 def _evaluate(recipe: Recipe, run_dir: Path, *, ranks: Ranks) -> EvaluationResult | None:

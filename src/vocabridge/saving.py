@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 from vocabridge.checkpoint_files import is_checkpoint, seal
 from vocabridge.durable import sync_folder, sync_tree
-from vocabridge.errors import UserError
+from vocabridge.errors import UserError, one_line
 from vocabridge.objectives.base import Objective
 
 OBJECTIVE_FILE = "objective.safetensors"
@@ -127,7 +128,19 @@ def load_student_weights(student: PreTrainedModel, folder: Path) -> None:
 
 def student_state(student: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
     """A checkpoint's weights in the student's dtype, under the names that they have in memory."""
-    saved = type(student).from_pretrained(str(folder), dtype=student.dtype, use_safetensors=True)
+    from_pretrained: Any = type(student).from_pretrained  # annotated as returning no report
+    saved, report = from_pretrained(
+        str(folder),
+        dtype=student.dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told here, by name
+    )
+    if lacking := sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]):
+        raise UserError(
+            f"{folder}: {lacking[0]} is missing in its weights or has another shape than config.json says; take "
+            "another checkpoint or start anew."
+        )
     state: dict[str, Tensor] = saved.state_dict()
     return state
 
@@ -151,7 +164,11 @@ def objective_state(objective: Objective, folder: Path) -> dict[str, Tensor]:
     expected = objective.state_dict()
     if not expected:
         return {}
-    tensors = load_file(existing(folder / OBJECTIVE_FILE))
+    path = existing(folder / OBJECTIVE_FILE)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}); take another checkpoint or start anew.") from error
     if {name: value.shape for name, value in tensors.items()} != {name: v.shape for name, v in expected.items()}:
         raise UserError(
             f"{folder / OBJECTIVE_FILE}: its parts do not fit this recipe's objective; resume with the recipe that "

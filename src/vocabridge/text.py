@@ -42,6 +42,11 @@ PROMPT_FIELDS = ("prompt", "instruction", "messages")
 RESPONSE_FIELDS = ("output", "response", "completion")
 ROLES = ("system", "user", "assistant")
 
+_LONGEST_TEXT = 2**22
+"""Characters of a field; tokens of a longer one would fill the memory before it is cut to ``max_length``."""
+_LONGEST_LINE = 2**26
+"""Bytes of a line; a file that is one line must not be read whole to be refused."""
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -257,6 +262,11 @@ def _text(value: object, source: str, field: str) -> str:
     """A string that UTF-8 can hold."""
     if not isinstance(value, str):
         raise UserError(f"{source}: '{field}' must be a string, not {_kind(value)}.")
+    if len(value) > _LONGEST_TEXT:
+        raise UserError(
+            f"{source}: '{field}' has {len(value):,} characters, more than {_LONGEST_TEXT:,}; split it into rows or "
+            "shorten it (what is beyond max_length tokens is not trained on)."
+        )
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -335,7 +345,12 @@ def _jsonl_lines(file: Any, path: Path) -> Iterator[tuple[str, object]]:
     # Binary lines end at "\n" only: text mode would also count a lone "\r", and some editors U+2028.
     opens_array = False
     with file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), start=1):
+            if len(line) > _LONGEST_LINE:
+                raise UserError(
+                    f"{path}:{number}: the line is longer than {_LONGEST_LINE:,} bytes; write one row per line, and "
+                    "leave out fields that are not prompt or response."
+                )
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
                 opens_array = line.lstrip().startswith(b"[")
@@ -343,19 +358,36 @@ def _jsonl_lines(file: Any, path: Path) -> Iterator[tuple[str, object]]:
                 yield f"{path}:{number}", _json_value(line, f"{path}:{number}", opens_array=opens_array)
 
 
+class _GivenTwiceError(Exception):
+    """A key of a JSON object that stands in it twice; of the two values one would be lost without a word."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _GivenTwiceError(next(key for key in found if keys.count(key) > 1))
+    return found
+
+
 def _json_value(line: bytes, source: str, *, opens_array: bool) -> object:
     hint = " The file looks like one JSON array; write one object per line instead." if opens_array else ""
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except _GivenTwiceError as error:
+        raise UserError(f"{source}: '{visible(str(error))}' is given twice in one object; keep one.") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{source}: byte {error.start} of the line (0x{line[error.start]:02x}) is not UTF-8; "
-            "a JSON-lines file in UTF-8 is expected."
+            "a JSON-lines file in UTF-8 is expected; convert it."
         ) from None
     except json.JSONDecodeError as error:
+        hint = hint or " Write one whole JSON object per line."
         raise UserError(f"{source}: broken JSON at column {error.colno}: {error.msg}.{hint}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source}: broken JSON: {error}.") from None
+    except RecursionError:
+        raise UserError(f"{source}: broken JSON: it is nested too deeply; a row holds texts and messages.") from None
+    except ValueError:  # of Python's own limit, told in terms of Python
+        raise UserError(f"{source}: broken JSON: it holds a number of too many digits; write it as text.") from None
     if not isinstance(value, dict):
         raise UserError(f"{source}: a line must be a JSON object, not {_kind(value)}.{hint}")
     return value

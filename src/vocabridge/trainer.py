@@ -18,14 +18,23 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from vocabridge.assembly import EndlessPairs, as_pairs, build_objective, refuse_own_folder, resolve_model
+from vocabridge.assembly import (
+    EndlessPairs,
+    as_pairs,
+    build_objective,
+    check_lengths,
+    refuse_own_folder,
+    resolve_model,
+    told_if_swapped,
+)
 from vocabridge.batching import check_batches
+from vocabridge.checkpoint_contents import check_contents, check_weights
 from vocabridge.checkpointing import METRICS_FILE, CheckpointingTrainer
 from vocabridge.compilation import compile_trunks, take_over_compilation
 from vocabridge.diagnostics import DiagnosticsCallback
 from vocabridge.distillation_model import DistillationModel, tally_dtype
 from vocabridge.durable import open_to_append
-from vocabridge.errors import UserError
+from vocabridge.errors import UserError, one_line
 from vocabridge.interrupt import InterruptCallback
 from vocabridge.models.cached_teacher import CachedTeacher, teacher_signal
 from vocabridge.models.forward import check_head
@@ -42,6 +51,7 @@ from vocabridge.pairs import (
     StreamingPairs,
     pad_token_id,
 )
+from vocabridge.rehearsal import rehearse
 from vocabridge.sharding import fsdp_plugin, gather_for, start_alike, use_fsdp
 from vocabridge.training_arguments import DistillationConfig
 from vocabridge.zero import leave_objective_alone, load_models_whole, prepare_for_zero3, root_parameters, whole
@@ -98,6 +108,8 @@ class DistillationTrainer(CheckpointingTrainer):
             if teacher is student:
                 raise UserError("student and teacher are the same object; load the teacher a second time.")
             teacher, teacher_tokenizer = resolve_model(teacher, teacher_tokenizer, "teacher")
+            if cached is None:  # of which only the ends may be in memory
+                told_if_swapped(student, teacher)
         self.pair_tokenizer = PairTokenizer(
             student_tokenizer,
             teacher_tokenizer,
@@ -117,6 +129,7 @@ class DistillationTrainer(CheckpointingTrainer):
         self.student_tokenizer = student_tokenizer
         pairs = as_pairs(train_dataset, self.pair_tokenizer, progress=not args.disable_tqdm)
         check_batches(pairs, args)
+        check_lengths(pairs, {"student": student, "teacher": teacher if cached is None else None})
         train_pairs = EndlessPairs(pairs) if isinstance(pairs, StreamingPairs) else pairs
         collator = PairCollator(
             pad_token_id(student_tokenizer),
@@ -134,8 +147,10 @@ class DistillationTrainer(CheckpointingTrainer):
                 callbacks=[*(callbacks or []), self.interrupt],
                 optimizers=optimizers,
             )
+        except UserError:
+            raise
         except (ValueError, ImportError, RuntimeError) as error:  # a tracker, optimizer or engine that is not there
-            raise error if isinstance(error, UserError) else UserError(f"training: {error}") from error
+            raise UserError(f"training: {one_line(error).rstrip('.')}; change or leave out that setting.") from error
         take_over_compilation(self.accelerator, built.layers, is_asked=args.torch_compile)
         if args.shard_teacher:
             self._share_teacher()
@@ -206,18 +221,61 @@ class DistillationTrainer(CheckpointingTrainer):
         """
         if self.optimizer is None:
             trained = cast(nn.Module, self.model if model is None else model)
-            try:
-                optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, trained))
-            except (ValueError, ImportError) as error:
-                raise UserError(f"training.optim: {error}") from error
-            is_plain = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
-            if not is_plain or {"params", "model", "optimizer_dict"} & set(kwargs):
-                raise UserError(
-                    f"training.optim: '{self.args.optim}' builds its own parameter groups and would miss the "
-                    "projectors' learning rates; use an AdamW, Adafactor or SGD variant."
-                )
+            optimizer_class, kwargs = self._named_optimizer(trained)
             self.optimizer = optimizer_class(self._parameter_groups(trained, kwargs), **kwargs)
         return self.optimizer
+
+    def _named_optimizer(self, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """The class that ``optim`` names, and what it is given."""
+        try:
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, model))
+        except (ValueError, ImportError, TypeError, KeyError) as error:
+            raise UserError(f"training.optim: {one_line(error).rstrip('.')}; or name another optimizer.") from error
+        is_plain = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
+        if not is_plain or {"params", "model", "optimizer_dict"} & set(kwargs):
+            raise UserError(
+                f"training.optim: '{self.args.optim}' builds its own parameter groups and would miss the "
+                "projectors' learning rates; use an AdamW, Adafactor or SGD variant."
+            )
+        return optimizer_class, kwargs
+
+    def check_arguments(self) -> None:
+        """Build what the training arguments name once, small; nothing has been written by then.
+
+        Raises:
+            UserError: a part refuses its settings.
+        """
+        if not self.is_deepspeed_enabled:  # which builds its own
+            rehearse(self.args, *self._named_optimizer(cast(nn.Module, self.model)))
+
+    def check_checkpoint(self, checkpoint: Path) -> None:
+        """Read what a resumption will read; nothing has been written by then.
+
+        Raises:
+            UserError: a file of the checkpoint cannot be used; names it.
+        """
+        self.check_engine_of(checkpoint)
+        groups = None
+        if not self.is_engine_sharded:
+            model = cast(nn.Module, self.model)
+            _, kwargs = self._named_optimizer(model)
+            groups = [[tuple(p.shape) for p in group["params"]] for group in self._parameter_groups(model, kwargs)]
+        check_contents(checkpoint, parameter_groups=groups)
+        check_weights(checkpoint, self.student, self.objective_module)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in ``transformers``, for ``push_to_hub``.
+
+        Raises:
+            UserError: the hub cannot be reached or does not let the repository be made.
+        """
+        try:
+            super().init_hf_repo(token, private)
+        except Exception as error:  # the hub's client raises what its network library raises
+            raise UserError(
+                f"training.push_to_hub: the repository cannot be made on the hub ({one_line(error)}); log in with "
+                "'hf auth login', or leave it out."
+            ) from error
 
     def _parameter_groups(self, model: nn.Module, optimizer_kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
         names = {id(p): name for name, ps in self.objective_module.parameter_groups().items() for p in ps}

@@ -18,7 +18,9 @@ from vocabridge.zero import load_models_whole, tell_deepspeed_of_cpu
 logger = logging.getLogger(__name__)
 
 
-_WITHOUT_EFFECT = ("label_smoothing_factor", "neftune_noise_alpha", "bf16_full_eval", "fp16_full_eval")
+_WITHOUT_EFFECT = (
+    *("label_smoothing_factor", "neftune_noise_alpha", "bf16_full_eval", "fp16_full_eval", "use_liger_kernel"),
+)
 """Arguments that ``transformers.Trainer`` applies to its own losses and models only."""
 
 
@@ -96,6 +98,13 @@ class DistillationConfig(TrainingArguments):
 
     def _check_batching(self) -> None:
         strategy = self.train_sampling_strategy
+        num_rows = self.per_device_train_batch_size
+        if getattr(self.accelerator_config, "split_batches", False) and num_rows % self.world_size:
+            raise UserError(
+                f"training.accelerator_config.split_batches shares each batch of {num_rows} rows "
+                f"(training.per_device_train_batch_size) among {self.world_size} processes, which does not come out "
+                f"even; give a multiple of {self.world_size}, or start another number of processes."
+            )
         if strategy == "batch_rebalance":
             raise UserError(
                 "training.train_sampling_strategy: 'batch_rebalance' is not supported; 'group_by_length' or "

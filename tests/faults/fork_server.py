@@ -10,6 +10,7 @@ reads the mark kills it a moment later. Counting operations and not seconds make
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -158,6 +159,7 @@ def main() -> None:
     import vocabridge.study.runner  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # or each process would copy the pages of all modules when it first collects garbage
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -174,9 +176,10 @@ def _command(request: dict[str, Any]) -> int:
 
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with open(request["log"], "wb") as log, open(os.devnull, "rb") as nothing:
-        for descriptor in (1, 2):
-            os.dup2(log.fileno(), descriptor)
+    for descriptor, name in ((1, request["output"]), (2, request["errors"])):
+        with open(name, "wb") as stream:
+            os.dup2(stream.fileno(), descriptor)
+    with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.chdir(request["folder"])
     os.environ.update(request["environment"])

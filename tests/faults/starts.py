@@ -37,12 +37,19 @@ class Ended:
 
     code: int
     """Exit status; negative: the signal."""
-    output: str
-    """Of both streams."""
+    out: str
+    """Its standard output."""
+    errors: str
+    """Its standard error."""
     operations: int
     """File operations that matched the fault's pattern, of a command that ended by itself."""
     struck: bool
     """The fault came to pass."""
+
+    @property
+    def output(self) -> str:
+        """Of both streams, one after the other."""
+        return self.out + self.errors
 
 
 class ForkServer:
@@ -81,8 +88,8 @@ class ForkServer:
             meanwhile: called with the process id about every millisecond until it returns True.
             seconds: after which it is killed and the test fails.
         """
-        log, mark = self._scratch / "output", self._scratch / "mark"
-        for path in (log, mark, mark.with_suffix(".count")):
+        output, errors, mark = (self._scratch / name for name in ("output", "errors", "mark"))
+        for path in (output, errors, mark, mark.with_suffix(".count")):
             path.unlink(missing_ok=True)
         request = {
             "arguments": list(arguments),
@@ -90,7 +97,8 @@ class ForkServer:
             "environment": {"VOCABRIDGE_CACHE": str(folder / "user-cache")},
             "fault": None if fault is None else {**asdict(fault), "mark": str(mark)},
             "preparations": list(preparations),
-            "log": str(log),
+            "output": str(output),
+            "errors": str(errors),
         }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -108,12 +116,13 @@ class ForkServer:
                 meanwhile = None
             if time.monotonic() > end:
                 os.killpg(pid, signal.SIGKILL)
-                raise AssertionError(f"still running after {seconds} s: {log.read_text()[-2000:]}")
+                raise AssertionError(f"still running after {seconds} s: {errors.read_text()[-2000:]}")
         code = int(self._answer())
         count = mark.with_suffix(".count")
         return Ended(
             code,
-            log.read_text(errors="replace"),
+            output.read_text(errors="replace"),
+            errors.read_text(errors="replace"),
             operations=int(count.read_text()) if count.exists() else 0,
             struck=code == -signal.SIGKILL or marked,
         )

@@ -22,7 +22,7 @@ from .metrics import percentage, score_example
 from .plan import PAPER_SEEDS, DataFile, DataFiles, EvaluationPlan, plan_evaluation
 from .responses import Responder, generation_progress
 from .results import EvaluationResult, FileResult, SeedScores, domain_average
-from .run_folder import Manifest, Overwrite, Record, RunFolder
+from .run_folder import Manifest, Overwrite, Record, RunFolder, damaged
 from .statistics import mean_std
 from .vllm_engine import VllmModel, check_vllm
 
@@ -208,7 +208,10 @@ def _file_bits(
     ranks: Ranks,
 ) -> ReferenceBits:
     if saved := ranks.on_first(lambda: folder.load_bits(file.name)):
-        return ReferenceBits(**saved)
+        try:
+            return ReferenceBits(**saved)
+        except TypeError as error:
+            raise damaged(folder.bits_path(file.name), error) from error
     task = progress.add_task(f"{file.name}: bits per byte", total=len(file.examples))
     bits = reference_bits(
         model,
@@ -267,7 +270,10 @@ def _scores(evaluator: _Evaluator, file: DataFile, seed: int) -> SeedScores:
         title=f"{file.name}: seed {seed}",
         ranks=evaluator.ranks,
     )
-    return evaluator.ranks.on_first(lambda: _seed_scores(seed, records))
+    try:
+        return evaluator.ranks.on_first(lambda: _seed_scores(seed, records))
+    except (KeyError, TypeError) as error:  # of records that somebody else wrote
+        raise damaged(evaluator.folder.predictions(file.name, seed).path, error) from error
 
 
 def _record(example: Example, generation: Generation, prediction: str) -> Record:

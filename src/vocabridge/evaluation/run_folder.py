@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..durable import open_to_append, write_in_one_piece
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 _MANIFEST = "manifest.json"
 _RESULTS = "results.json"
@@ -82,7 +82,10 @@ class RunFolder:
             self._clear()
         elif path.exists() and any(file.name != f"{_MANIFEST}.tmp" for file in path.iterdir()):
             manifest = self._merged(manifest, replaces_model=overwrite == "other model")
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+            raise UserError(f"{path} cannot be made ({error.strerror}); name another folder.") from error
         text = json.dumps({"model": manifest.model, "settings": dict(manifest.settings), "data": dict(manifest.data)})
         write_in_one_piece(path / _MANIFEST, text + "\n")
         for name in (_PREDICTIONS, _BITS):
@@ -101,8 +104,10 @@ class RunFolder:
             raise UserError(f"{self.path} is not empty and holds no evaluation; give another folder, or --overwrite.")
         try:
             found = Manifest(**json.loads(path.read_text("utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); run again with --overwrite.") from error
+            if not (isinstance(found.settings, dict) and isinstance(found.data, dict)):
+                raise TypeError("settings and data must be objects")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise damaged(path, error) from error
         if replaces_model and found.model != manifest.model:
             self._clear()
             return manifest
@@ -117,14 +122,26 @@ class RunFolder:
         """The predictions for one data file under one seed."""
         return PredictionFile(self.path / _PREDICTIONS / f"{name}.seed{seed}.jsonl")
 
+    def bits_path(self, name: str) -> Path:
+        """The file with the bits of a data file."""
+        return self.path / _BITS / f"{name}.json"
+
     def load_bits(self, name: str) -> dict[str, Any] | None:
         """What ``save_bits`` wrote for a data file, or None."""
-        path = self.path / _BITS / f"{name}.json"
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
+        path = self.bits_path(name)
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            if not (isinstance(found, dict) and all(isinstance(value, int | float) for value in found.values())):
+                raise TypeError("it must hold numbers by name")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise damaged(path, error) from error
+        return found
 
     def save_bits(self, name: str, bits: Mapping[str, Any]) -> None:
         """Keep the bits of a data file."""
-        write_in_one_piece(self.path / _BITS / f"{name}.json", json.dumps(bits) + "\n")
+        write_in_one_piece(self.bits_path(name), json.dumps(bits) + "\n")
 
     def save_results(self, text: str) -> None:
         """Write results.json."""
@@ -172,6 +189,11 @@ class PredictionFile:
         self.partial_path.unlink(missing_ok=True)
 
 
+def damaged(path: Path, error: Exception) -> UserError:
+    """What to say of a file of an earlier evaluation that does not hold what it should."""
+    return UserError(f"{path} is damaged ({one_line(error)}); run again with --overwrite.")
+
+
 def _line(record: Record) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
@@ -181,4 +203,5 @@ def _parsed(line: bytes) -> Record | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if line.endswith(b"\n") and isinstance(record, dict) and "index" in record else None
+    is_record = isinstance(record, dict) and type(record.get("index")) is int
+    return record if line.endswith(b"\n") and is_record else None

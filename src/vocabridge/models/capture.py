@@ -73,6 +73,16 @@ class TrunkShape:
         return self.last_hidden_size if layer == self.num_layers else self.hidden_size
 
 
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model has embeddings for; None where they are computed (rotary, ALiBi), without an end."""
+    base = base_model(model)
+    most = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    tokens = base.get_input_embeddings()
+    tables = (module for module in base.modules() if isinstance(module, nn.Embedding) and module is not tokens)
+    # OPT's table begins with two rows for padding.
+    return most if most and any(most <= table.num_embeddings <= most + 2 for table in tables) else None
+
+
 def trunk_shape(model: nn.Module) -> TrunkShape:
     """Shape of a causal language model, wrapped by PEFT or not."""
     base = base_model(model)

@@ -173,7 +173,8 @@ def _check_head(
     *,
     vocab_size: int | None,
 ) -> float:
-    name = type(base_model(model)).__name__
+    base = base_model(model)
+    name = type(base).__name__ + (f" ({base.name_or_path})" if base.name_or_path else "")
     side = forward_side(model, input_ids, attention_mask, labels, vocab_size=vocab_size)
     assert len(side.labels), "check_head needs at least one supervised position"
     logits = side.head(side.hidden_states)

@@ -7,11 +7,11 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -26,7 +26,6 @@ from vocabridge.models.spec import Dtype, ModelSpec, Side, check_side
 
 logger = logging.getLogger(__name__)
 
-_LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
 _NEEDS_CODE = (
     "it ships with Python code of its own, which can do anything on this machine; read that code, then set "
     "trust_remote_code: true for this model, or choose another one"
@@ -43,7 +42,11 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """
     name = spec.tokenizer or spec.model
     checkpoint = find_checkpoint(name)
-    with _as_user_error(f"'{name}': no tokenizer can be loaded; if it lies elsewhere, set the field 'tokenizer'"):
+    has_file = (Path(checkpoint.name) / "tokenizer.json").is_file()
+    lacks_file = checkpoint.is_local and checkpoint.gguf_file is None and not has_file
+    lack = " has no tokenizer.json, and no tokenizer can be made of its other files"
+    what = f"'{name}'{lack if lacks_file else ': the tokenizer cannot be loaded'}"
+    with _as_user_error(what, "mend or download its files again, or set the field 'tokenizer' if it lies elsewhere"):
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.name, **hub_options(spec, checkpoint), **_gguf_options(checkpoint)
         )
@@ -155,7 +158,7 @@ def check_tokenizer_matches(tokenizer: PreTrainedTokenizerBase, model: PreTraine
     if padded < 0 or padded > max(_MAX_PADDED_ROWS, num_rows // 10):
         raise UserError(
             f"{side}: the tokenizer has {num_ids} ids and the model {num_rows} embeddings, so they do not belong "
-            f"together; check {side}.model and {side}.tokenizer."
+            f"together; check {side}.model and {side}.tokenizer, or resize the embeddings if tokens were added."
         )
     logger.info("%s: %d tokens, %d padded embedding rows", side, num_ids, padded)
     return padded
@@ -170,15 +173,23 @@ def _load(spec: ModelSpec, device: torch.device, config: PretrainedConfig | None
         _check_config(spec, own_config)
         dtype = _chosen_dtype(spec, own_config, device)
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # annotated as returning no report
-    with _as_user_error(f"'{spec.model}': the model cannot be loaded"):
+    mend = "change that setting, or download the model again if a file is damaged"
+    with _as_user_error(f"'{spec.model}': the model cannot be loaded", mend):
         model, report = from_pretrained(
             checkpoint.name,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=spec.attn_implementation,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, by name
             **hub_options(spec, checkpoint),
             **_weight_options(spec, checkpoint, device),
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise UserError(
+            f"'{spec.model}': config.json does not fit the weights: {name} is {list(stored)} in the file and "
+            f"{list(expected)} by the configuration; save or download the model again."
         )
     if missing := sorted(report["missing_keys"]):
         raise UserError(
@@ -200,7 +211,7 @@ def read_config(spec: ModelSpec, checkpoint: Checkpoint) -> PretrainedConfig:
     Raises:
         UserError: there is none that can be read.
     """
-    with _as_user_error(f"'{spec.model}': config.json cannot be read"):
+    with _as_user_error(f"'{spec.model}': config.json cannot be read", "download the model again, or choose another"):
         return AutoConfig.from_pretrained(checkpoint.name, **hub_options(spec, checkpoint))
 
 
@@ -289,10 +300,11 @@ def _device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def _as_user_error(what: str) -> Iterator[None]:
+def _as_user_error(what: str, mend: str) -> Iterator[None]:
     try:
         yield
-    except _LOAD_ERRORS as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{what}: {_NEEDS_CODE if 'trust_remote_code' in str(error) else one_line(error)}") from error
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise whatever a damaged file leads them to
+        reason = f"{one_line(error).rstrip('.')}; {mend}."
+        raise UserError(f"{what}: {_NEEDS_CODE if 'trust_remote_code' in str(error) else reason}") from error

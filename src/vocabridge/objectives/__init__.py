@@ -102,8 +102,9 @@ def _import_own(name: str) -> typing.Any:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(name)
-    except (ImportError, TypeError) as error:  # TypeError: a relative name, such as ".mine"
-        raise UserError(f"objective '{name}' cannot be imported: {error}.") from error
+    except Exception as error:  # whatever its code raises; TypeError of a relative name, such as ".mine"
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise UserError(f"objective '{name}' cannot be imported: {kind}{error}.") from error
     config_class = getattr(module, "Config", None)
     if not (isinstance(config_class, type) and issubclass(config_class, ObjectiveConfig)):
         raise UserError(

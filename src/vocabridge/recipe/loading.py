@@ -127,7 +127,8 @@ def build_recipe(values: dict[str, Any], source: Source) -> Recipe:
     values = {name: section for name, section in values.items() if not (section is None and name in _OPTIONAL)}
     make_absolute(values, Path())
     problems = [Problem((name,), unknown_key(name, _CLASSES)) for name in values if name not in _CLASSES]
-    sections: dict[str, Any] = {name: None for name in _OPTIONAL if name not in values}
+    # A misspelled section may be any of those that are left out, so nothing follows from their absence.
+    sections: dict[str, Any] = {} if problems else {name: None for name in _OPTIONAL if name not in values}
     for name in _CLASSES:
         if name in values:
             section, found = _section(name, values[name])

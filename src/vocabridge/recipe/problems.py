@@ -27,10 +27,10 @@ _EXPECTED = {
     "tuple": "a list",
 }
 _LIMITS = {
-    "greater_than": "greater than {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "less than {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "greater_than": ("greater than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
 }
 
 
@@ -151,7 +151,9 @@ def _model_at(model: type[BaseModel], path: Path) -> type[BaseModel]:
 def _expected(detail: Any) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind in _LIMITS:
-        return _LIMITS[kind].format(**context)
+        words, name = _LIMITS[kind]
+        limit = context[name]
+        return f"{words} {limit if isinstance(limit, int) else format(limit, 'g')}"
     if kind == "literal_error":
         return f"one of {context['expected']}"
     if kind in ("too_short", "string_too_short"):

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from vocabridge.errors import UserError
 from vocabridge.models.spec import CacheSpec, Dtype, Engine, ModelSpec, check_side
 from vocabridge.recipe.objective import ObjectiveSettings
-from vocabridge.recipe.training import TrainingSettings
+from vocabridge.recipe.training import LARGEST_SEED, TrainingSettings
 from vocabridge.recipe.yaml_text import dump
 from vocabridge.settings import Name, Settings
 from vocabridge.suggest import did_you_mean
@@ -25,6 +25,9 @@ def _one_or_many(given: Any) -> Any:
 
 Names = Annotated[tuple[Annotated[Name, Field(min_length=1)], ...], BeforeValidator(_one_or_many)]
 """One name or a list of names."""
+
+
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
 class DataSettings(Settings):
@@ -53,7 +56,13 @@ class EvaluationSettings(Settings):
     A file's name is that of ``dolly.jsonl`` without its ending, with the folder in front (``dolly-test`` for
     ``dolly/test.jsonl``) where two files share it.
     """
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (10, 20, 30, 40, 50)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (
+        10,
+        20,
+        30,
+        40,
+        50,
+    )
     """Sampling seeds; scores are reported for each, with mean and standard deviation."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest generated response, in tokens."""

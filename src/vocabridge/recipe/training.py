@@ -17,17 +17,25 @@ from pydantic import Field, create_model
 
 from vocabridge.settings import Name, Settings
 
+LARGEST_SEED = 2**32 - 1
+"""Of numpy, which is seeded with the rest."""
+
 _SIMPLE_TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 _LIMITS = {
-    **dict.fromkeys(("learning_rate", "num_train_epochs", "logging_steps"), annotated_types.Gt(0)),
+    **dict.fromkeys(
+        ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps"), annotated_types.Gt(0)
+    ),
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
         annotated_types.Ge(1),
     ),
     **dict.fromkeys(
-        ("weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers", "seed"),
+        ("weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers"),
         annotated_types.Ge(0),
     ),
+    **dict.fromkeys(("seed", "data_seed"), annotated_types.Interval(ge=0, le=LARGEST_SEED)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), annotated_types.Interval(ge=0, lt=1)),
+    "max_steps": annotated_types.Ge(-1),
 }
 NOT_TAKEN = {
     "resume_from_checkpoint": "continue a run with 'vocabridge distill RECIPE --resume'",
