@@ -91,7 +91,7 @@ RECIPES = st.fixed_dictionaries(
     optional={
         "evaluation": st.fixed_dictionaries(
             {"data": st.lists(NAMES, min_size=1, max_size=3, unique=True)},
-            optional={"seeds": st.lists(st.integers(0, 2**40), min_size=1, max_size=4, unique=True)},
+            optional={"seeds": st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4, unique=True)},
         )
     },
 )

@@ -56,13 +56,7 @@ class EvaluationSettings(Settings):
     A file's name is that of ``dolly.jsonl`` without its ending, with the folder in front (``dolly-test`` for
     ``dolly/test.jsonl``) where two files share it.
     """
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (
-        10,
-        20,
-        30,
-        40,
-        50,
-    )
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (10, 20, 30, 40, 50)
     """Sampling seeds; scores are reported for each, with mean and standard deviation."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest generated response, in tokens."""
