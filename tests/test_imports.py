@@ -33,6 +33,7 @@ LAYERS: list[set[str]] = [
     {"batching", "sharded_state"},
     {"resuming"},
     {"checkpointing"},
+    {"optimizing"},
     {"trainer"},
     {"evaluation"},
     {"analysis"},

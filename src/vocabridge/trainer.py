@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
@@ -29,7 +28,7 @@ from vocabridge.assembly import (
 )
 from vocabridge.batching import check_batches
 from vocabridge.checkpoint_contents import check_contents, check_weights
-from vocabridge.checkpointing import METRICS_FILE, CheckpointingTrainer
+from vocabridge.checkpointing import METRICS_FILE
 from vocabridge.compilation import compile_trunks, take_over_compilation
 from vocabridge.diagnostics import DiagnosticsCallback
 from vocabridge.distillation_model import DistillationModel, tally_dtype
@@ -42,6 +41,7 @@ from vocabridge.models.loading import vocabulary_size
 from vocabridge.models.teacher import LiveTeacher, TeacherSignal
 from vocabridge.models.teacher_shards import share_layers
 from vocabridge.objectives.base import Objective
+from vocabridge.optimizing import OptimizingTrainer
 from vocabridge.pairs import (
     IGNORE_INDEX,
     PairBatch,
@@ -51,7 +51,6 @@ from vocabridge.pairs import (
     StreamingPairs,
     pad_token_id,
 )
-from vocabridge.rehearsal import rehearse
 from vocabridge.sharding import fsdp_plugin, gather_for, start_alike, use_fsdp
 from vocabridge.training_arguments import DistillationConfig
 from vocabridge.zero import leave_objective_alone, load_models_whole, prepare_for_zero3, root_parameters, whole
@@ -59,7 +58,7 @@ from vocabridge.zero import leave_objective_alone, load_models_whole, prepare_fo
 __all__ = ["DistillationConfig", "DistillationTrainer"]
 
 
-class DistillationTrainer(CheckpointingTrainer):
+class DistillationTrainer(OptimizingTrainer):
     """Distils ``teacher`` into ``student`` by an objective, on prompt-response rows.
 
     Args:
@@ -213,41 +212,6 @@ class DistillationTrainer(CheckpointingTrainer):
             leave_objective_alone(self.deepspeed, self.distillation_model)
         return prepared
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Named groups: student, projectors, discriminator, each with and without weight decay.
-
-        Raises:
-            UserError: an optimizer that builds its own parameter groups.
-        """
-        if self.optimizer is None:
-            trained = cast(nn.Module, self.model if model is None else model)
-            optimizer_class, kwargs = self._named_optimizer(trained)
-            self.optimizer = optimizer_class(self._parameter_groups(trained, kwargs), **kwargs)
-        return self.optimizer
-
-    def _named_optimizer(self, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        """The class that ``optim`` names, and what it is given."""
-        try:
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, model))
-        except (ValueError, ImportError, TypeError, KeyError) as error:
-            raise UserError(f"training.optim: {one_line(error).rstrip('.')}; or name another optimizer.") from error
-        is_plain = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
-        if not is_plain or {"params", "model", "optimizer_dict"} & set(kwargs):
-            raise UserError(
-                f"training.optim: '{self.args.optim}' builds its own parameter groups and would miss the "
-                "projectors' learning rates; use an AdamW, Adafactor or SGD variant."
-            )
-        return optimizer_class, kwargs
-
-    def check_arguments(self) -> None:
-        """Build what the training arguments name once, small; nothing has been written by then.
-
-        Raises:
-            UserError: a part refuses its settings.
-        """
-        if not self.is_deepspeed_enabled:  # which builds its own
-            rehearse(self.args, *self._named_optimizer(cast(nn.Module, self.model)))
-
     def check_checkpoint(self, checkpoint: Path) -> None:
         """Read what a resumption will read; nothing has been written by then.
 
@@ -258,8 +222,8 @@ class DistillationTrainer(CheckpointingTrainer):
         groups = None
         if not self.is_engine_sharded:
             model = cast(nn.Module, self.model)
-            _, kwargs = self._named_optimizer(model)
-            groups = [[tuple(p.shape) for p in group["params"]] for group in self._parameter_groups(model, kwargs)]
+            _, kwargs = self.named_optimizer(model)
+            groups = [[tuple(p.shape) for p in group["params"]] for group in self.grouped_parameters(model, kwargs)]
         check_contents(checkpoint, parameter_groups=groups)
         check_weights(checkpoint, self.student, self.objective_module)
 
@@ -276,54 +240,6 @@ class DistillationTrainer(CheckpointingTrainer):
                 f"training.push_to_hub: the repository cannot be made on the hub ({one_line(error)}); log in with "
                 "'hf auth login', or leave it out."
             ) from error
-
-    def _parameter_groups(self, model: nn.Module, optimizer_kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
-        names = {id(p): name for name, ps in self.objective_module.parameter_groups().items() for p in ps}
-        projector_rate = self.args.projector_learning_rate
-        projector_rate = self.args.learning_rate if projector_rate is None else projector_rate
-        discriminator_rate = self.args.discriminator_learning_rate
-        rates = {
-            "student": self.args.learning_rate,
-            "projectors": projector_rate,
-            "discriminator": projector_rate if discriminator_rate is None else discriminator_rate,
-        }
-        # Momentum makes the two-player game circle: on shifted Gaussians MMD^2 fell from 0.33 to 0.02 with these
-        # betas and rose to 0.54 with AdamW's own.
-        takes_betas = "betas" in optimizer_kwargs and "schedule_free" not in self.args.optim
-        special = {"discriminator": {"betas": (0.0, 0.9)}} if takes_betas else {}
-        decayed = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[str, bool], dict[str, Any]] = {}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            kind, decays = names.get(id(parameter), "student"), name in decayed
-            group = groups.setdefault(
-                (kind, decays),
-                {
-                    "params": [],
-                    "lr": rates[kind],
-                    "weight_decay": self.args.weight_decay if decays else 0.0,
-                    "name": kind,
-                    **special.get(kind, {}),
-                },
-            )
-            group["params"].append(parameter)
-        return list(groups.values())
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clips the discriminator on its own: its gradient, at full rate, must not shrink the student's."""
-        discriminator = self.objective_module.parameter_groups().get("discriminator", [])
-        if not discriminator or self.is_deepspeed_enabled:  # DeepSpeed clips all together inside its step
-            return super()._clip_grad_norm(model)
-        own = {id(parameter) for parameter in discriminator}
-        others = [parameter for parameter in model.parameters() if id(parameter) not in own]
-        norm = self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm)  # also unscales all under fp16
-        nn.utils.clip_grad_norm_(discriminator, self.args.max_grad_norm)
-        return norm
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: Any) -> Any:
         """After an interruption the run goes on from the newest checkpoint: nothing may delete or replace it."""
