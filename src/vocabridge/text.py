@@ -373,7 +373,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _json_value(line: bytes, source: str, *, opens_array: bool) -> object:
     hint = " The file looks like one JSON array; write one object per line instead." if opens_array else ""
     try:
-        value = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+        value = json.loads(line.decode("utf-8").rstrip("\r\n"), object_pairs_hook=_unique_keys)
     except _GivenTwiceError as error:
         raise UserError(f"{source}: '{visible(str(error))}' is given twice in one object; keep one.") from None
     except UnicodeDecodeError as error:
