@@ -69,7 +69,8 @@ def test_an_objective_named_twice_has_two_names(world):
     assert list(terms) == ["cross_entropy", "cross_entropy_2/cross_entropy"]
     _, once = run(build("cross_entropy"))
     for ours, single in zip(gradients, once, strict=True):
-        torch.testing.assert_close(ours, 5.0 * single, rtol=1e-4, atol=1e-5)
+        # As a whole: single numbers of a sum that nearly cancels differ by the order in which threads add.
+        assert float((ours - 5.0 * single).norm()) <= 1e-5 * float((5.0 * single).norm())
 
 
 def test_learned_parts_of_all_terms_are_in_named_groups(world):
