@@ -83,7 +83,7 @@ def _repeat_options(args: list[str], lists: set[str]) -> list[str]:
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 2, without a traceback."""
     try:
-        sys.exit(app(prog_name="vocabridge", standalone_mode=False))
+        sys.exit(app(prog_name="vocabridge", standalone_mode=False) or 0)
     except FailedElsewhere:
         sys.exit(2)
     except _UsageError as error:
