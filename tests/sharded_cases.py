@@ -11,6 +11,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import tokenizer_zoo
 from tiny_pair import ROWS, student_model, teacher_model
@@ -121,3 +122,16 @@ def assert_same_files(found: Path, expected: Path, name: str, *, atol: float = 1
     assert first.keys() == second.keys()
     for key, value in second.items():
         torch.testing.assert_close(first[key], value, rtol=1e-3, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def assert_is_plain_checkpoint(run: Path, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    """A trained student that anybody loads, tied weights stored once, no pickle beside it."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" not in load_file(run / "model.safetensors"), "tied weights were written twice"
+    before = student_model(base_tokenizer).state_dict()
+    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    ids = tokenizer("Who jumps?\n", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    assert not [path for pattern in ("*.bin", "*.pt", "*.pth") for path in run.rglob(pattern)]

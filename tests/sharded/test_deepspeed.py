@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import sharded_cases as cases
 from sharded_cases import assert_close, assert_same_files
-from tiny_pair import student_model
 from vocabridge.checkpointing import CheckpointingTrainer
 from vocabridge.errors import UserError
 
@@ -63,15 +62,7 @@ def test_models_are_read_whole_all_the_same(under_deepspeed, engine):
 
 @ZERO
 def test_the_run_folder_is_a_plain_checkpoint(under_deepspeed, tiny_bpe_tokenizer, engine):
-    run = under_deepspeed.folder / "gan" / engine
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert "lm_head.weight" not in load_file(run / "model.safetensors"), "tied weights were written twice"
-    before = student_model(tiny_bpe_tokenizer).state_dict()
-    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    ids = tokenizer("Who jumps?\n", return_tensors="pt")
-    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
-    assert not [path for pattern in ("*.bin", "*.pt", "*.pth") for path in run.rglob(pattern)]
+    cases.assert_is_plain_checkpoint(under_deepspeed.folder / "gan" / engine, tiny_bpe_tokenizer)
 
 
 @ZERO

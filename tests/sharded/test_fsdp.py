@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sharded_cases as cases
 from sharded_cases import assert_close, assert_same_files
@@ -58,16 +57,7 @@ def test_a_teacher_in_pieces_teaches_the_same(two_processes, asked, engine):
 
 
 def test_the_run_folder_is_a_plain_checkpoint(two_processes, tiny_bpe_tokenizer):
-    run = two_processes.folder / "gan" / "fsdp"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
-    assert type(model).__name__ == "LlamaForCausalLM"
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert "lm_head.weight" not in load_file(run / "model.safetensors"), "tied weights were written twice"
-    before = student_model(tiny_bpe_tokenizer).state_dict()
-    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    ids = tokenizer("Who jumps?\n", return_tensors="pt")
-    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
-    assert not list(run.rglob("*.bin"))
+    cases.assert_is_plain_checkpoint(two_processes.folder / "gan" / "fsdp", tiny_bpe_tokenizer)
 
 
 def test_an_adapter_is_saved_alone_and_fits_its_base(two_processes, tiny_bpe_tokenizer):
