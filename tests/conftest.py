@@ -27,15 +27,15 @@ def _no_traces_in_the_users_cache(tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.fixture(scope="session")
-def tiny_bpe_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_bpe_tokenizer() -> Iterator[PreTrainedTokenizerFast]:
     """Byte-level BPE, 700 tokens, with pad, eos and bos; no normaliser, no prefix space."""
-    return tokenizer_zoo.byte_level_bpe()
+    yield from _unchanged(tokenizer_zoo.byte_level_bpe())
 
 
 @pytest.fixture(scope="session")
-def tiny_sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_sentencepiece_tokenizer() -> Iterator[PreTrainedTokenizerFast]:
     """SentencePiece-style BPE with byte fallback and a prefix marker (Llama 2), 800 tokens, with pad, eos, bos, unk."""
-    return tokenizer_zoo.sentencepiece_bpe()
+    yield from _unchanged(tokenizer_zoo.sentencepiece_bpe())
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +64,17 @@ def gemma_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 def minilm_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     """MiniLM's WordPiece tokenizer from its package; skips when the package is missing."""
     return real_tokenizers.minilm(_cache_folder(request))
+
+
+def _unchanged(tokenizer: PreTrainedTokenizerFast) -> Iterator[PreTrainedTokenizerFast]:
+    """Lends the tokenizer to all tests, and finds out at the end if one of them kept a change for the next."""
+
+    def state() -> tuple[object, ...]:
+        return len(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.padding_side
+
+    before = state()
+    yield tokenizer
+    assert state() == before, "a test changed a tokenizer that all tests share; it should take copy.deepcopy(tokenizer)"
 
 
 def _cache_folder(request: pytest.FixtureRequest) -> Path:

@@ -1,5 +1,6 @@
 """What the documents promise, run."""
 
+import copy
 import json
 import re
 import shlex
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tiny_pair import ROWS, student_model, teacher_model
+from tiny_pair import ROWS, save_pair, student_model, teacher_model
 from vocabridge.cli import app
 from vocabridge.objectives import objective_names
 from vocabridge.recipe import load_recipe
@@ -36,17 +37,11 @@ def block(text, language, containing):
 def folders(tmp_path, monkeypatch, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
     """Stand-ins for the hub's models and the data of the examples, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    for name, model, tokenizer in [
-        ("student", student_model(tiny_bpe_tokenizer), tiny_bpe_tokenizer),
-        ("teacher", teacher_model(tiny_sentencepiece_tokenizer), tiny_sentencepiece_tokenizer),
-    ]:
-        if name == "student":
-            tokenizer.chat_template = (
-                "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}assistant:\\n"
-            )
-        model.save_pretrained(name)
-        tokenizer.save_pretrained(name)
-        tokenizer.chat_template = None
+    student_tokenizer = copy.deepcopy(tiny_bpe_tokenizer)
+    student_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}assistant:\\n"
+    )
+    save_pair(tmp_path, student_tokenizer, tiny_sentencepiece_tokenizer)
     Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     Path("test.jsonl").write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8")
 

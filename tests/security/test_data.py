@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -78,11 +79,10 @@ def test_no_text_of_a_row_is_opened(
     examples = read_examples(path)
     assert len(examples) == 4 * len(names(secret))
     assert examples[0].response == str(secret)
+    student = copy.deepcopy(tiny_bpe_tokenizer)
+    student.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     for template in ("plain", "chat"):
-        tiny_bpe_tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        pair = PairTokenizer(
-            tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer, student_template=template, max_length=1024
-        )
+        pair = PairTokenizer(student, tiny_sentencepiece_tokenizer, student_template=template, max_length=1024)
         assert len(tokenize_examples(examples, pair)) == len(examples)
     assert witness.saw("train.jsonl"), "it looked"
     assert witness.saw("canary") == []
