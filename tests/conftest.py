@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+# Read when torch is imported, and passed on to every process that a test starts. The models are tiny: with more threads
+# the workers of pytest-xdist wait for each other's (some tests took ten times as long), and sums change their order.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 from transformers import PreTrainedTokenizerFast

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -23,7 +22,6 @@ def test_processes_that_do_not_divide_a_fixed_batch(workplaces: Workplaces) -> N
     ended = subprocess.run(
         [*LAUNCH, "distill", "recipe.yaml"],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,15 +37,6 @@ def assert_same_files(folder: Path, expected: Path):
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == names
     for name in names:
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As each of two processes has: sums by several threads differ in their last digit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +186,6 @@ def test_a_launcher_ends_when_the_first_process_refuses(two_processes, tmp_path)
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert done.returncode == 1  # the launcher's own

@@ -214,7 +214,6 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     gc.freeze()  # accelerate collects garbage after each training, among all objects of all packages
     torch.distributed.init_process_group("gloo")
     RANK = torch.distributed.get_rank()

@@ -225,7 +225,6 @@ def test_accelerate_launch_trains_and_evaluates_an_adapter(
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         check=False,
     )

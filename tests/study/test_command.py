@@ -63,7 +63,7 @@ def command(study: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "vocabridge", "study", str(study), *options]
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "250"}
+ENVIRONMENT = {**os.environ, "COLUMNS": "250"}
 
 
 @pytest.mark.slow
