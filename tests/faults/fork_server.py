@@ -50,9 +50,13 @@ class Watch:
             return
         if self.fault["delay"] is None:
             os.kill(os.getpid(), signal.SIGKILL)
-        mark = Path(self.fault["mark"])
-        mark.with_suffix(".tmp").write_text(str(os.getpid()))
-        mark.with_suffix(".tmp").rename(mark)
+        write_whole(Path(self.fault["mark"]), str(os.getpid()))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A kill may fall between a file's making and its content."""
+    path.with_suffix(".tmp").write_text(text)
+    path.with_suffix(".tmp").rename(path)
 
 
 WATCH = Watch()
@@ -198,7 +202,7 @@ def _command(request: dict[str, Any]) -> int:
     else:
         code = 0
     if request["fault"]:
-        Path(request["fault"]["mark"]).with_suffix(".count").write_text(str(WATCH.count))
+        write_whole(Path(request["fault"]["mark"]).with_suffix(".count"), str(WATCH.count))
     return code
 
 
