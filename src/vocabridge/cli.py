@@ -209,7 +209,8 @@ def plan(
     overrides: Overrides = None,
     world_size: Annotated[int, typer.Option(min=1, help="Ranks, one a device.")] = 1,
     strategy: Annotated[
-        Literal["ddp", "fsdp2", "zero2"], typer.Option(help="Data parallelism: replicas, FSDP2, DeepSpeed's ZeRO-2.")
+        Literal["ddp", "fsdp2", "zero2", "zero3"],
+        typer.Option(help="Data parallelism: replicas, FSDP2, DeepSpeed's ZeRO-2 or ZeRO-3."),
     ] = "ddp",
     device_memory: Annotated[
         str | None,

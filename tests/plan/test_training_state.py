@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from tiny_pair import ROWS, student_model, teacher_model
@@ -119,11 +120,28 @@ def test_deepspeed_shards_and_keeps_float32(half: bool, make_recipe: Any):
     number = sum(value.numel() for value in trained)
     width = 2 if half else 4
     shard = math.ceil(number / 4)
-    placement = Placement("zero2", 4, half=half)
-    assert weight_bytes(trained, placement) == width * number
-    assert gradient_bytes(trained, placement) == math.ceil(width * number / 4)
-    assert optimizer_bytes(trained, placement, optim="adamw_torch") == (8 + 4) * shard + 4
-    assert communication_bytes(models, placement) == width * number  # smaller than a bucket
+    zero2, zero3 = (Placement(strategy, 4, half=half) for strategy in ("zero2", "zero3"))
+    assert weight_bytes(trained, zero2) == width * number
+    for placement in (zero2, zero3):
+        assert gradient_bytes(trained, placement) == math.ceil((width + 4) * number / 4)
+        assert optimizer_bytes(trained, placement, optim="adamw_torch") == (8 + 4) * shard + 4
+    assert communication_bytes(models, zero2) == width * 500_000_000  # however small the model is
+    layer = sum(value.numel() for value in models.student.model.layers[0].parameters())
+    outside = number - 2 * layer
+    gathered = number + outside + layer  # all weights, and gradients of what is outside and of one layer
+    assert communication_bytes(models, zero3) == width * (500_000_000 + gathered)
+
+
+def test_zero3_keeps_small_parameters_whole_and_gathers_no_more_than_its_reuse_distance(make_recipe: Any):
+    small, large = torch.empty(100_000, device="meta"), torch.empty(1000, 101, device="meta")
+    assert weight_bytes([small, large], Placement("zero3", 8)) == 4 * (100_000 + 12_500 + 12_625)
+    assert weight_bytes([torch.empty(7, device="meta")], Placement("zero3", 4, half=True)) == 2 * (7 + 2)
+    models = planned_models(make_recipe())
+    layers = [nn.Linear(50_000, 40_000, bias=False, device="meta") for _ in range(2)]  # 2e9 numbers each
+    models.student.model.layers = nn.ModuleList(layers)
+    outside = sum(value.numel() for value in [*models.student.parameters(), *models.objective.parameters()]) - 4 * 10**9
+    found = communication_bytes(models, Placement("zero3", 8))
+    assert found == pytest.approx(4 * (5e8 + (outside + 1e9) + outside + 2e9), rel=1e-6)
 
 
 def test_buckets_of_ddp(make_recipe: Any):

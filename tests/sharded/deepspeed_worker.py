@@ -37,6 +37,7 @@ def trained(trainer: DistillationTrainer, **train_options: Any) -> dict[str, Any
         "moved": [name for name, p in trainer.objective_module.named_parameters() if not torch.equal(p, before[name])],
         "teacher_is_whole": trainer.teacher is None or all(p.numel() for p in trainer.teacher.model.parameters()),
         "from_pretrained_cuts": is_deepspeed_zero3_enabled(),
+        "piece_bytes": sum(p.ds_tensor.nbytes for p in trainer.distillation_model.parameters() if hasattr(p, "ds_id")),
     }
 
 
@@ -153,7 +154,6 @@ if __name__ == "__main__":
     output = Path(sys.argv[1])
     if len(sys.argv) > 2:
         CASES = {name: CASES[name] for name in sys.argv[2:]}
-    torch.set_num_threads(1)
     gc.freeze()  # accelerate and DeepSpeed collect garbage after each training, among all objects of all packages
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does; that would be compiled for a minute
     torch.distributed.init_process_group("gloo")

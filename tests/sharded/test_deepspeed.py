@@ -14,6 +14,13 @@ import sharded_cases as cases
 from sharded_cases import assert_close, assert_same_files
 from vocabridge.checkpointing import CheckpointingTrainer
 from vocabridge.errors import UserError
+from vocabridge.plan.training_state import (
+    ZERO_BUCKET,
+    ZERO_PERSISTENCE,
+    ZERO_REUSE_DISTANCE,
+    Placement,
+    weight_bytes,
+)
 
 ZERO = pytest.mark.parametrize("engine", ["zero2", "zero3"])
 TRAINED = ("sft", "gan", "hidden_state", "lora")
@@ -52,6 +59,20 @@ def test_zero3_holds_student_and_learned_parts_in_pieces(under_deepspeed):
     assert {name: whole for name, (_, whole) in zero.items()} == {name: whole for name, (_, whole) in ddp.items()}
     assert all(held == (whole + 1) // 2 for held, whole in zero.values())
     assert {name.split(".")[0] for name in zero} == {"student", "objective"}
+
+
+def test_the_planner_foresees_the_pieces_of_zero3(under_deepspeed):
+    """These models have no matrix of more numbers than stay whole by default; here none does."""
+    numbers = [torch.empty(whole, device="meta") for _, whole in under_deepspeed["gan"]["zero3"]["pieces"].values()]
+    planned = weight_bytes(numbers, Placement("zero3", 2)) - sum(value.nbytes for value in numbers)
+    assert planned == under_deepspeed["gan"]["zero3"]["piece_bytes"]
+
+
+def test_the_planner_knows_the_defaults():
+    config = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig()
+    assert config.reduce_bucket_size == ZERO_BUCKET
+    assert config.max_reuse_distance == ZERO_REUSE_DISTANCE
+    assert config.param_persistence_threshold == ZERO_PERSISTENCE
 
 
 @ZERO

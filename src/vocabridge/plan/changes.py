@@ -32,7 +32,7 @@ def candidates(recipe: Recipe, placement: Placement) -> Iterator[Candidate]:
     yield from _changed(recipe, _half_batch(arguments), placement)
     if recipe.teacher is not None and recipe.teacher.cache is None:
         yield from _changed(recipe, {"teacher.cache": True}, placement)
-        if placement.world_size > 1 and placement.strategy != "zero2":  # the trainer refuses it there
+        if placement.world_size > 1 and not placement.is_deepspeed:  # the trainer refuses it there
             yield from _changed(recipe, {"training.shard_teacher": True}, placement)
     if recipe.student.lora is None:
         yield from _changed(recipe, {"student.lora.r": 16}, placement)
