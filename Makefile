@@ -47,7 +47,7 @@ test: venv ## Run the tests
 test-gradients: venv ## Compare the gradients of one process and two, and of accumulated batches (about a minute)
 	GRADIENT_REPORT=docs/reliability/gradients.json $(BIN)/python -m pytest tests/distributed/test_gradients.py
 
-test-faults: venv ## Kill every long command at 20 random moments each, and compare what comes of it (about 10 minutes)
+test-faults: venv ## Kill every long command at 20 random moments each, and compare what comes of it (about 5 minutes)
 	$(BIN)/python tests/faults/run.py --kills 20 --json docs/reliability/faults.json
 
 test-fuzz: venv ## Throw 100,000 recipes, data files and texts at what reads them (about 20 minutes)
