@@ -245,6 +245,15 @@ def test_eval_loss_leaves_the_matching_term_out(make_trainer):
     assert scores[0]["eval_loss/gan_queries"] > 0
 
 
+def test_the_best_checkpoint_may_be_that_of_any_metric(make_trainer):
+    options = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6, "eval_rows": ROWS}
+    trainer = make_trainer(GAN, metric_for_best_model="student_accuracy", learning_rate=1e-2, **options)
+    trainer.train()
+    scores = [entry["eval_student_accuracy"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(scores) == 3
+    assert trainer.state.best_metric == max(scores) > 0
+
+
 def test_an_interrupt_keeps_its_checkpoint_beside_the_best_one(make_trainer, tmp_path):
     trainer = make_trainer(
         GAN,

@@ -52,6 +52,7 @@ from vocabridge.pairs import (
     pad_token_id,
 )
 from vocabridge.sharding import fsdp_plugin, gather_for, start_alike, use_fsdp
+from vocabridge.suggest import did_you_mean
 from vocabridge.training_arguments import DistillationConfig
 from vocabridge.zero import leave_objective_alone, load_models_whole, prepare_for_zero3, root_parameters, whole
 
@@ -412,7 +413,8 @@ class DistillationTrainer(OptimizingTrainer):
         checks it.
 
         Raises:
-            UserError: a model computes its logits in a way we do not know, or they are not finite.
+            UserError: a model computes its logits in a way we do not know, or they are not finite; or
+                ``metric_for_best_model`` is nothing that an evaluation gives.
         """
         if self._checked or self.train_dataset is None:
             return
@@ -429,6 +431,21 @@ class DistillationTrainer(OptimizingTrainer):
             )
         if self.teacher is not None:
             self.teacher.check(batch)
+        if self.args.eval_strategy != "no" and self.args.metric_for_best_model and not self.is_engine_sharded:
+            self._check_metric(self.args.metric_for_best_model.removeprefix("eval_"), batch)
+
+    def _check_metric(self, name: str, batch: PairBatch) -> None:
+        """Every batch has the same metrics; ``transformers`` would look for one that is missing after hours."""
+        if name == "loss":
+            return
+        model = cast(nn.Module, self.model)
+        model.eval()
+        known = self._evaluate_batch(model, batch)
+        if name not in known:
+            raise UserError(
+                f"training.metric_for_best_model is '{name}', which no evaluation gives"
+                f"{did_you_mean(name, known) or '.'} Known: {', '.join(sorted(known))}."
+            )
 
 
 def _count_supervised(batch: PairBatch) -> Tensor:

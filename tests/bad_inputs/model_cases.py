@@ -90,6 +90,11 @@ MODELS = [
         ("lacks 9 weights", "model.layers.2.", "not a complete"),
         in_config(num_hidden_layers=3),
     ),
+    BadInput(
+        "config.json with fewer layers than the weights",
+        ("student': config.json has fewer layers", "model.layers.1.input_layernorm.weight", "mend it"),
+        in_config(num_hidden_layers=1),
+    ),
     BadInput("weights missing", ("student' has no model.safetensors",), lambda folder: (folder / WEIGHTS).unlink()),
     BadInput(
         "weights cut",

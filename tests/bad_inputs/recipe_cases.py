@@ -113,6 +113,15 @@ CONFLICTS = [
     set_in_recipe("teacher.device", "cuda:3", "teacher.device is 'cuda:3'", "leave it out"),
     set_in_recipe("training.eval_strategy: without data", "steps", "data.validation names no data"),
     set_in_recipe("training.load_best_model_at_end: without data", True, "needs training.eval_strategy"),
+    set_in_recipe(
+        "training.metric_for_best_model: unknown",
+        "eval_student_acuracy",
+        "training.metric_for_best_model is 'student_acuracy'",
+        "did you mean 'student_accuracy'?",
+        "Known: attention_in_chunk, ",
+        data__validation="test.jsonl",
+        training__eval_strategy="epoch",
+    ),
     with_overrides(
         "a stream without an end",
         "data.streaming needs training.max_steps",

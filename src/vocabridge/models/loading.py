@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -32,6 +33,8 @@ _NEEDS_CODE = (
 )
 _MAX_PADDED_ROWS = 1024
 """More unused rows than this, and than a tenth of the head, mean a wrong tokenizer rather than padding."""
+_LAYER = re.compile(r"(.*?\.)(\d+)\.")
+"""Of a weight's name: the list of layers, and the number of the layer."""
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -196,6 +199,11 @@ def _load(spec: ModelSpec, device: torch.device, config: PretrainedConfig | None
             f"'{spec.model}' lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...), which would "
             "start at random values; it is not a complete causal language model."
         )
+    if surplus := _beyond_the_last_layer(model, report["unexpected_keys"]):
+        raise UserError(
+            f"'{spec.model}': config.json has fewer layers than the weights ({surplus[0]}, ...), and would leave the "
+            "last ones out; mend it, or save a model of fewer layers first if that is what you want."
+        )
     if model.get_output_embeddings() is None:
         raise UserError(f"'{spec.model}' ({type(model).__name__}) has no language-model head.")
     if checkpoint.gguf_file is not None:
@@ -203,6 +211,16 @@ def _load(spec: ModelSpec, device: torch.device, config: PretrainedConfig | None
         # The folder alone names no model: who looks up the tokenizer or an adapter's base later needs the file.
         model.config.name_or_path = model.name_or_path = checkpoint.path
     return model
+
+
+def _beyond_the_last_layer(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """Weights without which the model is cut short; others, such as a vision tower's, are no part of it."""
+    last: dict[str, int] = {}
+    for name in model.state_dict():
+        if found := _LAYER.match(name):
+            last[found[1]] = max(int(found[2]), last.get(found[1], 0))
+    places = {name: found for name in unexpected if (found := _LAYER.match(name))}
+    return sorted(name for name, found in places.items() if found[1] in last and int(found[2]) > last[found[1]])
 
 
 def read_config(spec: ModelSpec, checkpoint: Checkpoint) -> PretrainedConfig:
