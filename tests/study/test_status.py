@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from study_cases import BASE, WriteStudy, finish
-from vocabridge.study.plan import load_study
+from study_cases import BASE, STUDY, WriteStudy, finish
+from vocabridge.study.plan import PlannedRun, load_study
 from vocabridge.study.status import (
     RunStatus,
     current_status,
@@ -89,6 +91,25 @@ def test_a_study_may_be_moved(write_study: WriteStudy) -> None:
     Path("study").rename("moved")
     assert current_status(load_study(write_study(output_dir="moved")).runs[0]).state == "done"
     assert current_status(run).state == "pending"
+
+
+def test_a_study_may_be_moved_with_all_that_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there" / "deeper"
+    here.mkdir()
+    (here / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+
+    def only_run(folder: Path, **data: Any) -> PlannedRun:
+        monkeypatch.chdir(folder)
+        base = {**BASE, "data": {"train": "train.jsonl", **data}}
+        Path("study.yaml").write_text(json.dumps({**STUDY, "base": base, "seeds": [0]}))
+        return load_study(Path("study.yaml")).runs[0]
+
+    finish(only_run(here), SCORES)
+    there.parent.mkdir()
+    monkeypatch.chdir(tmp_path)
+    here.rename(there)
+    assert current_status(only_run(there)).state == "done"
+    assert current_status(only_run(there, limit=7)).message == "its recipe has changed"
 
 
 def test_done_without_results_is_not_done(write_study: WriteStudy) -> None:

@@ -18,7 +18,15 @@ from filelock import Timeout
 from ..errors import UserError
 from ..preemption import sigterm_raises
 from ..recipe import Recipe, load_recipe
-from .status import RECIPE_FILE, RunStatus, read_status, recipe_fingerprint, run_lock, write_status
+from .status import (
+    RECIPE_FILE,
+    RunStatus,
+    read_status,
+    recipe_fingerprint,
+    recipe_in_place_fingerprint,
+    run_lock,
+    write_status,
+)
 
 INTERRUPTED = 130
 """Exit status of a process that was told to stop, as shells count it."""
@@ -54,6 +62,7 @@ def run_child(folder: Path, train: Train) -> int:
         running = RunStatus(
             state="running",
             recipe=recipe_fingerprint(recipe),
+            recipe_in_place=recipe_in_place_fingerprint(recipe),
             seconds=before.seconds,
             sessions=before.sessions + 1,
         )

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -44,6 +45,8 @@ class RunStatus(Settings):
     """Why it failed."""
     recipe: str = ""
     """Fingerprint of the recipe that was trained; another one makes the run pending again."""
+    recipe_in_place: str = ""
+    """The same with every file named as seen from the run folder."""
     seconds: float = 0.0
     """Time of all its processes that ended by themselves, training and evaluation, in seconds."""
     sessions: int = 0
@@ -75,7 +78,8 @@ def current_status(run: PlannedRun) -> RunStatus:
     status = read_status(run.folder)
     if status.state != "done":
         return status
-    if status.recipe != recipe_fingerprint(run.recipe):
+    moved_along = status.recipe_in_place == recipe_in_place_fingerprint(run.recipe)
+    if status.recipe != recipe_fingerprint(run.recipe) and not moved_along:
         return status.model_copy(update={"state": "pending", "message": "its recipe has changed"})
     if not results_file(run.folder).is_file():
         return status.model_copy(update={"state": "pending", "message": "its results are gone"})
@@ -113,4 +117,25 @@ def is_locked(folder: Path) -> bool:
 def recipe_fingerprint(recipe: Recipe) -> str:
     """Changes with anything the recipe says, its run folder aside: a study may be moved."""
     text = re.sub(r"^  output_dir: .*$", "", recipe.resolved_yaml(), count=1, flags=re.MULTILINE)
+    return _hash(text)
+
+
+def recipe_in_place_fingerprint(recipe: Recipe) -> str:
+    """The same wherever a study lies, as long as its data and models lie beside it as they did."""
+    values = recipe.values()
+    training = dict(values.pop("training"))
+    folder = os.path.abspath(training.pop("output_dir"))
+    return _hash(json.dumps(_seen_from(folder, {**values, "training": training}), sort_keys=True))
+
+
+def _seen_from(folder: str, value: Any) -> Any:
+    """A recipe's values, absolute paths made relative to a folder."""
+    if isinstance(value, dict):
+        return {key: _seen_from(folder, each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_seen_from(folder, each) for each in value]
+    return os.path.relpath(value, folder) if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
