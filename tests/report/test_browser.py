@@ -251,3 +251,25 @@ def test_prints_with_charts_and_the_chosen_heatmap(browser: Chrome, pages: Path)
     zoom, after = browser.execute_script("return seen")
     assert 0.2 < float(zoom) < 0.7  # 90 cells of 16 pixels made to fit the paper
     assert after == ""
+
+
+def test_what_is_closed_is_open_on_paper(browser: Chrome, pages: Path) -> None:
+    open_page(browser, pages / "full.html")
+    browser.execute_script("document.querySelectorAll('details')[1].open = true")
+    state = (
+        "return [[...document.querySelectorAll('details')].map(details => details.open),"
+        "document.querySelectorAll('.chart:not([data-drawn])').length]"
+    )
+    before, _ = browser.execute_script(state)
+    assert before.count(True) == 1
+    for _ in range(2):  # some browsers tell it twice
+        after_event, not_drawn = browser.execute_script("dispatchEvent(new Event('beforeprint'));" + state)
+        assert all(after_event)
+        assert not_drawn == 0
+    assert browser.execute_script("dispatchEvent(new Event('afterprint'));" + state)[0] == before
+    # What the reader opens later stays open.
+    browser.execute_script(
+        "document.querySelectorAll('details')[0].open = true; dispatchEvent(new Event('afterprint'))"
+    )
+    assert browser.execute_script(state)[0] == [True, True, *before[2:]]
+    assert console(browser) == []
