@@ -164,7 +164,11 @@ def test_probe_tables_have_intervals(report: Report) -> None:
         "0.700 [0.600, 0.800]",
         "+0.400 [+0.350, +0.450]",
     ]
-    assert len(found.details[0].groups.rows) == 6
+    groups = texts(found.details[0].groups)
+    assert len(groups) == 6 + 3
+    dash = "\u2013"
+    effect = ["teacher bigram", "repeated less unique", "after training", dash, dash]
+    assert groups[-1] == [*effect, "-0.350 [-0.700, +0.000]", dash]
     assert texts(found.details[0].overall)[0][:3] == ["uniform: knows nothing", "1,234", "1.00"]
 
 
