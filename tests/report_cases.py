@@ -131,8 +131,10 @@ def run_record(seed: int, **facts: Any) -> dict[str, Any]:
 
 def probe() -> dict[str, Any]:
     """``probe.json`` with a field that the report does not know."""
-    results, changes = [], []
+    results, changes, repetition = [], [], []
     for attention, mass in (("uniform", 0.1), ("before", 0.3), ("after", 0.7)):
+        cost = {"mass_in_chunk": {"mean": -mass / 2, "low": -mass, "high": 0.0}}
+        repetition.append({"attention": attention, "grouping": "teacher bigram", "measures": cost})
         for grouping, group in (("all", "all"), ("chunk type", "1:1"), ("chunk type", "n:m")):
             measures = {"mass_in_chunk": {"mean": mass, "low": mass - 0.1, "high": mass + 0.1}}
             measures["entropy"] = {"mean": 1.5, "low": None, "high": None}
@@ -140,7 +142,8 @@ def probe() -> dict[str, Any]:
             results.append(result | {"coverage": 1.0, "measures": measures, "new": 1})
     change = {"mass_in_chunk": {"mean": 0.4, "low": 0.35, "high": 0.45}}
     changes.append({"grouping": "all", "group": "all", "measures": change})
-    return {"data": "test.jsonl", "examples": 8, "confidence": 0.95, "results": results, "changes": changes}
+    about = {"data": "test.jsonl", "examples": 8, "confidence": 0.95}
+    return about | {"results": results, "changes": changes, "repetition": repetition}
 
 
 def heatmaps(*, long: int = 90) -> dict[str, Any]:
@@ -254,6 +257,8 @@ def _spoil_analysis(folder: Path) -> None:
     found = probe() | {"data": HOSTILE}
     for result in found["results"]:
         result |= {"attention": HOSTILE, "group": HOSTILE}
+    for effect in found["repetition"]:
+        effect |= {"attention": HOSTILE, "grouping": HOSTILE}
     write_json(folder / "probe.json", found)
     maps = heatmaps()
     for example in maps["examples"]:

@@ -141,6 +141,28 @@ def test_heatmap_browser_switches_and_follows_the_keyboard(browser: Chrome, page
     assert cells() == 90  # the example and the attention stay as they were chosen
 
 
+def test_attention_outside_the_chunk_is_sharpened_and_rows_that_stray_are_marked(browser: Chrome, pages: Path) -> None:
+    open_page(browser, pages / "full.html")
+    heatmap = find(browser, "#heatmap")
+
+    def opacities(kind: str) -> list[float]:
+        cells = heatmap.find_elements(By.CSS_SELECTOR, f".{kind}")
+        return [float(cell.value_of_css_property("fill-opacity")) for cell in cells]
+
+    def marked() -> list[str]:
+        labels = heatmap.find_elements(By.CSS_SELECTOR, "text")
+        plain = labels[0].value_of_css_property("fill")
+        return [label.text for label in labels if label.value_of_css_property("fill") != plain]
+
+    choose(browser, "heatmap-attention", 1)
+    assert opacities("cell-inside") == pytest.approx([0.912, 0.8, 0.7, 0.6, 0.99])
+    assert opacities("cell-outside") == pytest.approx([0.2**0.5])
+    assert marked() == []  # the row with something outside has more inside
+    choose(browser, "heatmap-attention", 0)
+    assert opacities("cell-outside") == pytest.approx([0.5] * 4)
+    assert marked() == [STUDENT[row] for row in (2, 5, 6, 7)]
+
+
 def test_pointer_names_both_tokens_and_long_responses_scroll(browser: Chrome, pages: Path) -> None:
     open_page(browser, pages / "full.html")
     choose(browser, "heatmap-example", 1)
@@ -229,3 +251,25 @@ def test_prints_with_charts_and_the_chosen_heatmap(browser: Chrome, pages: Path)
     zoom, after = browser.execute_script("return seen")
     assert 0.2 < float(zoom) < 0.7  # 90 cells of 16 pixels made to fit the paper
     assert after == ""
+
+
+def test_what_is_closed_is_open_on_paper(browser: Chrome, pages: Path) -> None:
+    open_page(browser, pages / "full.html")
+    browser.execute_script("document.querySelectorAll('details')[1].open = true")
+    state = (
+        "return [[...document.querySelectorAll('details')].map(details => details.open),"
+        "document.querySelectorAll('.chart:not([data-drawn])').length]"
+    )
+    before, _ = browser.execute_script(state)
+    assert before.count(True) == 1
+    for _ in range(2):  # some browsers tell it twice
+        after_event, not_drawn = browser.execute_script("dispatchEvent(new Event('beforeprint'));" + state)
+        assert all(after_event)
+        assert not_drawn == 0
+    assert browser.execute_script("dispatchEvent(new Event('afterprint'));" + state)[0] == before
+    # What the reader opens later stays open.
+    browser.execute_script(
+        "document.querySelectorAll('details')[0].open = true; dispatchEvent(new Event('afterprint'))"
+    )
+    assert browser.execute_script(state)[0] == [True, True, *before[2:]]
+    assert console(browser) == []

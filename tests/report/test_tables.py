@@ -13,12 +13,13 @@ import pytest
 
 import report_cases
 from vocabridge.report.collect import Report, collect
-from vocabridge.report.facts import cost_table, environment_table, pair_tables, recipes
+from vocabridge.report.facts import commands, cost_table, environment_table, pair_tables, recipes
 from vocabridge.report.figures import line_styles
 from vocabridge.report.probe_tables import cloud_charts, heatmap_browser, probe_tables
 from vocabridge.report.results_tables import results
 from vocabridge.report.training_charts import Training, training
 from vocabridge.report.view import Table
+from vocabridge.study.plan import load_study
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,11 @@ def test_probe_tables_have_intervals(report: Report) -> None:
         "0.700 [0.600, 0.800]",
         "+0.400 [+0.350, +0.450]",
     ]
-    assert len(found.details[0].groups.rows) == 6
+    groups = texts(found.details[0].groups)
+    assert len(groups) == 6 + 3
+    dash = "\u2013"
+    effect = ["teacher bigram", "repeated less unique", "after training", dash, dash]
+    assert groups[-1] == [*effect, "-0.350 [-0.700, +0.000]", dash]
     assert texts(found.details[0].overall)[0][:3] == ["uniform: knows nothing", "1,234", "1.00"]
 
 
@@ -230,6 +235,29 @@ def test_environment_counts_what_is_not_the_same(report: Report, tmp_path: Path)
     table = environment_table(collect(mixed))
     assert table is not None
     assert ["git_commit", "beef (1 runs); c0ffee (8 runs)"] in texts(table)
+
+
+def test_commands_can_be_typed(tmp_path: Path) -> None:
+    study = report_cases.write_study(tmp_path)
+    runs = load_study(study).runs
+    recorded = {
+        0: ["/x/vocabridge/study/child.py", str(runs[0].folder)],
+        1: ["/x/vocabridge/study/child.py", str(runs[1].folder)],
+        2: ["/x/bin/vocabridge", "distill", "my recipe.yaml", "training.seed=1"],
+        3: ["/x/vocabridge/__main__.py", "distill", "r.yaml"],
+        4: ["/x/lab/notebook.py", "-f", "kernel.json"],
+        5: [],
+    }
+    for index, command in recorded.items():
+        report_cases.write_json(runs[index].folder / "run.json", report_cases.run_record(0, command=command))
+    assert commands(collect(study)) == [
+        f"vocabridge study {study}",
+        "vocabridge distill 'my recipe.yaml' training.seed=1",
+        "vocabridge distill r.yaml",
+    ]
+    # Alone, the run does not know its study; its recipe lies beside it.
+    alone = commands(collect(runs[0].folder))
+    assert alone == [f"vocabridge distill {runs[0].folder / 'study-recipe.yaml'} --resume"]
 
 
 def test_pair_tables(report: Report) -> None:

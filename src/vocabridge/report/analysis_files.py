@@ -42,6 +42,14 @@ class GroupChange(_Record):
     measures: dict[str, Estimate]
 
 
+class RepetitionEffect(_Record):
+    """Positions with a repeated token less those with a unique one."""
+
+    attention: str
+    grouping: str
+    measures: dict[str, Estimate]
+
+
 class Probe(_Record):
     """The file ``probe.json``."""
 
@@ -50,6 +58,7 @@ class Probe(_Record):
     confidence: float
     results: tuple[GroupResult, ...]
     changes: tuple[GroupChange, ...]
+    repetition: tuple[RepetitionEffect, ...] = ()
 
 
 class HeatmapExample(_Record):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import yaml
 
+from ..study.status import RECIPE_FILE
 from ..study.tables import duration, gigabytes
 from .collect import PairFile, Report, Run
 from .reading import with_relative_paths
@@ -221,9 +224,20 @@ def _shared(values: Sequence[str]) -> str:
 
 
 def commands(report: Report) -> list[str]:
-    """The command lines of the runs, each once; of the program's path only its name."""
+    """What to type for the runs, each line once."""
     found = [(run.environment or {}).get("command") for run in report.runs]
-    lines = [
-        " ".join(("vocabridge", *map(str, command[1:]))) for command in found if isinstance(command, list) and command
-    ]
-    return list(dict.fromkeys(map(with_relative_paths, lines)))
+    lines = [_typed(list(map(str, command)), report) for command in found if isinstance(command, list) and command]
+    return list(dict.fromkeys(with_relative_paths(line) for line in lines if line))
+
+
+def _typed(command: Sequence[str], report: Report) -> str:
+    """The command line for a recorded one; empty where another program, perhaps a notebook, called the library."""
+    program, *arguments = command
+    place = Path(program).parts[-2:]
+    if place == ("study", "child.py"):  # a study starts it, nobody types it
+        if report.study:
+            return shlex.join(["vocabridge", "study", report.study.study])
+        recipe = [str(Path(folder, RECIPE_FILE)) for folder in arguments]
+        return shlex.join(["vocabridge", "distill", *recipe, "--resume"])
+    is_ours = Path(program).stem == "vocabridge" or place == ("vocabridge", "__main__.py")
+    return shlex.join(["vocabridge", *arguments]) if is_ours else ""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .analysis_files import Estimate, GroupChange, GroupResult, HeatmapExample, Probe
+from .analysis_files import Estimate, GroupChange, GroupResult, HeatmapExample, Probe, RepetitionEffect
 from .collect import Report, Run
 from .figures import cloud_figure
 from .view import MISSING, Cell, Chart, Table, number, with_interval, words
@@ -100,19 +100,35 @@ def _details(title: str, probe: Probe) -> ProbeDetails:
         for each in probe.changes
         if each.grouping == _ALL
     ]
-    groups = [
-        (words(each.grouping), words(each.group), words(_attention(each.attention)), *_cells(each, names))
-        for each in probe.results
-        if each.grouping != _ALL
-    ]
     about = f"All positions of {probe.examples} responses from {probe.data}"
     return ProbeDetails(
         title=title,
         overall=Table(about, ("attention", "positions", "coverage", *measures), tuple(overall)),
         groups=Table(
-            "By kind of position", ("by", "group", "attention", "positions", "coverage", *measures), tuple(groups)
+            "By kind of position",
+            ("by", "group", "attention", "positions", "coverage", *measures),
+            _group_rows(probe, names),
         ),
     )
+
+
+def _group_rows(probe: Probe, names: Sequence[str]) -> tuple[tuple[Cell, ...], ...]:
+    """Every group under every attention, and at the end what repeated tokens cost."""
+    groups = [
+        (words(each.grouping), words(each.group), words(_attention(each.attention)), *_cells(each, names))
+        for each in probe.results
+        if each.grouping != _ALL
+    ]
+    effects = [
+        (
+            *map(words, (each.grouping, "repeated less unique", _attention(each.attention))),
+            MISSING,
+            MISSING,
+            *_estimates(each, names, signed=True),
+        )
+        for each in probe.repetition
+    ]
+    return (*groups, *effects)
 
 
 def _measure_names(probe: Probe) -> list[str]:
@@ -132,7 +148,9 @@ def _cells(result: GroupResult, names: Sequence[str]) -> tuple[Cell, ...]:
     return (*first, *_estimates(result, names, signed=False))
 
 
-def _estimates(part: GroupResult | GroupChange, names: Sequence[str], *, signed: bool) -> tuple[Cell, ...]:
+def _estimates(
+    part: GroupResult | GroupChange | RepetitionEffect, names: Sequence[str], *, signed: bool
+) -> tuple[Cell, ...]:
     pattern = "{:+.3f}" if signed else "{:.3f}"
     return tuple(_estimate(part.measures.get(name), pattern) for name in names)
 

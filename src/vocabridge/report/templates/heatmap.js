@@ -58,6 +58,18 @@ class HeatmapBrowser {
     return studentChunks[row] >= 0 && studentChunks[row] === teacherChunks[column];
   }
 
+  // Rows in a chunk whose highest weight is outside of it; of equal weights the first counts.
+  straying() {
+    const { cells } = this.attention;
+    const highest = new Map();
+    for (let at = 0; at < cells.length; at += 3) {
+      const [row, column, weight] = cells.slice(at, at + 3);
+      if (!highest.has(row) || weight > highest.get(row).weight) highest.set(row, { column, weight });
+    }
+    const strays = ([row, { column }]) => this.example.studentChunks[row] >= 0 && !this.isInside(row, column);
+    return new Set([...highest].filter(strays).map(([row]) => row));
+  }
+
   draw() {
     const { student, teacher } = this.example;
     const chosen = Object.values(this.selects).map((select) => select.selectedOptions[0].textContent);
@@ -75,11 +87,17 @@ class HeatmapBrowser {
       const [x, y] = [(column + 0.5) * size + 4, top - 5];
       return this.text(heading, name, { x, y, transform: `rotate(-90 ${x} ${y})` });
     });
-    this.rows = student.map((name, row) => this.text(names, name, { x: side - 6, y: (row + 0.5) * size + 4, "text-anchor": "end" }));
+    const straying = this.straying();
+    this.rows = student.map((name, row) => {
+      const kind = straying.has(row) ? "strays" : "";
+      return this.text(names, name, { x: side - 6, y: (row + 0.5) * size + 4, "text-anchor": "end", class: kind });
+    });
     for (let at = 0; at < cells.length; at += 3) {
-      const kind = this.isInside(cells[at], cells[at + 1]) ? "cell-inside" : "cell-outside";
+      const isInside = this.isInside(cells[at], cells[at + 1]);
+      const kind = isInside ? "cell-inside" : "cell-outside";
       const box = this.box(this.body, kind, { row: cells[at], column: cells[at + 1] });
-      box.setAttribute("fill-opacity", Math.min(cells[at + 2] / 1000, 1));
+      const weight = Math.min(cells[at + 2] / 1000, 1);
+      box.setAttribute("fill-opacity", isInside ? weight : Math.sqrt(weight)); // a little outside is to be seen
     }
     this.box(this.body, "frame", { row: 0, column: 0, rows: student.length, columns: teacher.length });
     this.drawChunks();

@@ -84,9 +84,13 @@ const charts = {
     place.dataset.drawn = "yes";
   },
 
+  // Plotly cannot measure text inside a closed <details>; opening it draws the rest.
+  left() {
+    return [...document.querySelectorAll(".chart:not([data-drawn])")].filter((place) => place.offsetParent);
+  },
+
   drawAll() {
-    // Plotly cannot measure text inside a closed <details>; opening it draws the rest.
-    const left = [...document.querySelectorAll(".chart:not([data-drawn])")].filter((place) => place.offsetParent);
+    const left = this.left();
     const next = () => {
       const place = left.shift();
       if (place) {
@@ -130,3 +134,19 @@ const charts = {
     this.drawAll();
   },
 };
+
+// --- printing ---------------------------------------------------------------------------------------------------------
+
+{
+  const opened = []; // for the paper; a browser prints nothing of what is closed
+  window.addEventListener("beforeprint", () => {
+    for (const details of document.querySelectorAll("details:not([open])")) {
+      details.open = true;
+      opened.push(details);
+    }
+    if (charts.figures) for (const place of charts.left()) charts.draw(place); // the paper does not wait for drawAll
+  });
+  window.addEventListener("afterprint", () => {
+    for (const details of opened.splice(0)) details.open = false;
+  });
+}
