@@ -391,7 +391,17 @@ def study(
     plan = load_study(study)
     statuses = {run: current_status(run) for run in plan.runs}
     if dry_run:
-        Console().print(plan_table(plan, statuses, jobs=jobs))
+        forecasts = None
+        if all(status.state != "done" for status in statuses.values()):
+            from vocabridge.plan.forecast import forecast
+            from vocabridge.study.runner import threads_of_a_run
+
+            forecasts = {}
+            for run in plan.runs[: len(plan.variants)]:
+                if (guess := forecast(run.recipe, threads=threads_of_a_run(jobs))) is None:
+                    break  # nor would the others have their models, and a hub that is not there is asked for long
+                forecasts[run.variant] = guess
+        Console().print(plan_table(plan, statuses, jobs=jobs, forecasts=forecasts))
         for line in unfinished_lines(statuses):
             print(line)
         return

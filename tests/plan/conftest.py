@@ -45,7 +45,7 @@ def make_recipe(pair_folder: Path, tmp_path: Path) -> Any:
         }
         for name, section in sections.items():
             replaced = name == "objective" or section is None
-            values[name] = section if replaced else {**values[name], **(section or {})}
+            values[name] = section if replaced else {**values.get(name, {}), **(section or {})}
         return recipe_from_values(values)
 
     return make

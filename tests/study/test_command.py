@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from study_cases import WriteStudy, finish
 from tiny_pair import ROWS, save_pair
 from vocabridge import cli
+from vocabridge.plan.forecast import Forecast
 from vocabridge.study.plan import load_study
 
 EXAMPLES = {"test": {10: [0.5, 1.0, 0.25], 20: [0.5, 0.0, 0.75]}}
@@ -165,9 +166,12 @@ def test_dry_run_writes_nothing(
     write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_study()
-    code, out, _ = study(monkeypatch, capsys, "--dry-run")
-    assert code == 0
-    assert "left: unknown" in out
+    for guess, left in ((None, "left: unknown"), (Forecast(60.0, 5e6, 3e9), "left: 9 min, 45 MB")):
+        monkeypatch.setattr("vocabridge.plan.forecast.forecast", lambda *_, guess=guess, **__: guess)
+        code, out, _ = study(monkeypatch, capsys, "--dry-run")
+        assert code == 0
+        assert left in out
+        assert ("the teacher's cache: 3.0 GB" in out) == ("A guess" in out) == (guess is not None)
     assert not Path("study").exists()
 
 

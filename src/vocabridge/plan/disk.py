@@ -24,6 +24,13 @@ from vocabridge.text import Example, read_examples
 
 def disk_parts(recipe: Recipe, models: PlannedModels) -> Iterator[Part]:
     """Of the whole run, whatever the number of ranks: they write one checkpoint together."""
+    yield from run_parts(recipe, models)
+    if recipe.teacher is not None and recipe.teacher.cache is not None and (size := cache_size(recipe, models)):
+        yield Part("teacher cache", size.num_bytes, f"{size.rows:,} rows, {size.tokens:,} tokens")
+
+
+def run_parts(recipe: Recipe, models: PlannedModels) -> Iterator[Part]:
+    """Of the run folder alone."""
     arguments = recipe.training.arguments()
     learned = sum(value.nbytes for value in models.objective.state_dict().values())
     if arguments.get("save_strategy", "steps") != "no":
@@ -39,8 +46,6 @@ def disk_parts(recipe: Recipe, models: PlannedModels) -> Iterator[Part]:
             yield Part("checkpoints together", checkpoint * (limit + 1), basis)
     merged = sum(value.nbytes for value in models.student.parameters())
     yield Part("finished student", merged + learned, "with learned parts")
-    if recipe.teacher is not None and recipe.teacher.cache is not None and (size := cache_size(recipe, models)):
-        yield Part("teacher cache", size.num_bytes, f"{size.rows:,} rows, {size.tokens:,} tokens")
 
 
 def cache_size(recipe: Recipe, models: PlannedModels) -> CaptureSize | None:

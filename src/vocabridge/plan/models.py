@@ -55,9 +55,19 @@ def planned_models(recipe: Recipe) -> PlannedModels:
     Raises:
         UserError: a configuration or a tokenizer cannot be read, or an objective does not fit the pair.
     """
-    student, on_cpu = _student_of(recipe), _is_on_cpu(recipe)
-    teacher = None if recipe.teacher is None else model_of(_as_built(recipe.teacher), "teacher", on_cpu=on_cpu)
+    student, teacher = planned_pair(recipe)
     return PlannedModels(student, teacher, _objective_of(recipe, student, teacher))
+
+
+def planned_pair(recipe: Recipe) -> tuple[Any, Any]:
+    """Student and teacher, or None, without an objective; reads configurations.
+
+    Raises:
+        UserError: a configuration cannot be read.
+    """
+    on_cpu = _is_on_cpu(recipe)
+    teacher = None if recipe.teacher is None else model_of(_as_built(recipe.teacher), "teacher", on_cpu=on_cpu)
+    return _student_of(recipe), teacher
 
 
 def with_student(models: PlannedModels, recipe: Recipe) -> PlannedModels:
@@ -197,17 +207,27 @@ class PairTokenizers:
 
 
 def _objective_of(recipe: Recipe, student: PreTrainedModel, teacher: PreTrainedModel | None) -> nn.Module:
-    student_tokenizer = load_tokenizer(recipe.student)
-    teacher_tokenizer = None if recipe.teacher is None else load_tokenizer(recipe.teacher)
+    tokenizers = pair_tokenizers(recipe.student, recipe.teacher, recipe.data.max_length)
+    return objective_of(recipe.objective, student, teacher, tokenizers=tokenizers)
+
+
+@functools.lru_cache(maxsize=4)
+def pair_tokenizers(student: ModelSpec, teacher: ModelSpec | None, max_length: int) -> PairTokenizers:
+    """The tokenizers of two models, as the trainer would use them.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    student_tokenizer = load_tokenizer(student)
+    teacher_tokenizer = None if teacher is None else load_tokenizer(teacher)
     pair = PairTokenizer(
         student_tokenizer,
         teacher_tokenizer,
-        student_template=recipe.student.template,
-        teacher_template="plain" if recipe.teacher is None else recipe.teacher.template,
-        max_length=recipe.data.max_length,
+        student_template=student.template,
+        teacher_template="plain" if teacher is None else teacher.template,
+        max_length=max_length,
     )
-    tokenizers = PairTokenizers(student_tokenizer, teacher_tokenizer, pair)
-    return objective_of(recipe.objective, student, teacher, tokenizers=tokenizers)
+    return PairTokenizers(student_tokenizer, teacher_tokenizer, pair)
 
 
 def _term(

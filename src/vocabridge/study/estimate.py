@@ -1,4 +1,4 @@
-"""What is left of a study: time from the step times of runs that are done, disk from their folders."""
+"""What is left of a study: time from the step times of runs that are done, disk from their folders, or a forecast."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from .plan import PlannedRun, StudyPlan
 from .status import RunStatus
+
+if TYPE_CHECKING:
+    from ..plan.forecast import Forecast  # imports torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +35,21 @@ class VariantEstimate:
     bytes_left: float | None
 
 
-def estimate(plan: StudyPlan, statuses: Mapping[PlannedRun, RunStatus]) -> list[VariantEstimate]:
+def estimate(
+    plan: StudyPlan,
+    statuses: Mapping[PlannedRun, RunStatus],
+    forecasts: Mapping[str, Forecast] | None = None,
+) -> list[VariantEstimate]:
     """What every variant still needs.
 
     A run is expected to take the seconds a step of its own variant's done runs, evaluation included, times its steps;
     where none is done, those of all other variants' done runs, which may cost more or less a step. What an unfinished
     run has already trained or written is not deducted.
+
+    Args:
+        plan: all runs.
+        statuses: how they stand.
+        forecasts: by variant, for what no run that is done can tell.
     """
     done = [run for run in plan.runs if statuses[run].state == "done"]
     sizes = {run: folder_bytes(run.folder) for run in done}
@@ -46,6 +59,8 @@ def estimate(plan: StudyPlan, statuses: Mapping[PlannedRun, RunStatus]) -> list[
         like = [run for run in done if run.variant == variant] or done
         seconds = _seconds_per_run(runs[0], like, statuses)
         size = fmean(sizes[run] for run in like) if like else None
+        if forecasts and (guess := forecasts.get(variant)):
+            seconds, size = seconds or guess.seconds, size or guess.num_bytes
         num_left = sum(statuses[run].state != "done" for run in runs)
         found.append(
             VariantEstimate(

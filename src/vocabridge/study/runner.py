@@ -204,10 +204,15 @@ def child_environment(jobs: int, environment: Mapping[str, str] | None = None) -
     environment = dict(os.environ if environment is None else environment)
     if jobs == 1:
         return environment
-    given = environment.get("OMP_NUM_THREADS", "")
-    threads = int(given) if given.isdecimal() else _available_threads()
-    share = str(max(1, threads // jobs))
+    share = str(threads_of_a_run(jobs, environment))
     return {**environment, "OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share}
+
+
+def threads_of_a_run(jobs: int, environment: Mapping[str, str] | None = None) -> int:
+    """Threads of each of several processes on a processor."""
+    given = (os.environ if environment is None else environment).get("OMP_NUM_THREADS", "")
+    threads = int(given) if given.isdecimal() else _available_threads()
+    return max(1, threads // jobs)
 
 
 def _available_threads() -> int:

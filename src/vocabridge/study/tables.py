@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
@@ -16,13 +17,22 @@ from .results import DIFFERENCE_TO_SEE, Comparison, StudyResult, Summary, Tested
 from .scores import Metric, Scope
 from .status import RunStatus
 
+if TYPE_CHECKING:
+    from ..plan.forecast import Forecast  # imports torch
+
 _TITLES: dict[Metric, str] = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "bits_per_byte": "bits/byte"}
 _ALPHA = 0.05
 
 
-def plan_table(plan: StudyPlan, statuses: Mapping[PlannedRun, RunStatus], *, jobs: int) -> Table:
-    """One line a variant: how its runs stand and what is still to come."""
-    parts = estimate(plan, statuses)
+def plan_table(
+    plan: StudyPlan,
+    statuses: Mapping[PlannedRun, RunStatus],
+    *,
+    jobs: int,
+    forecasts: Mapping[str, Forecast] | None = None,
+) -> Table:
+    """One line a variant: how its runs stand and what is still to come, by forecasts where no run is done."""
+    parts = estimate(plan, statuses, forecasts)
     table = Table(title=f"{escape(str(plan.folder))}: {len(plan.runs)} runs", title_justify="left")
     table.add_column("variant", overflow="fold")
     for heading in ("objective", "runs"):
@@ -43,6 +53,10 @@ def plan_table(plan: StudyPlan, statuses: Mapping[PlannedRun, RunStatus], *, job
     seconds = total_seconds(parts, jobs)
     left_over = "unknown until a run is done" if seconds is None else f"{duration(seconds)}{with_jobs}, {total}"
     table.caption = f"left: {left_over}; {free} free"
+    if forecasts:
+        cache = max(guess.cache_bytes for guess in forecasts.values())
+        with_cache = f"; the teacher's cache: {gigabytes(cache)}" if cache else ""
+        table.caption += f"{with_cache}. A guess from the models' sizes until a run is done"
     return table
 
 
