@@ -28,6 +28,7 @@ from vocabridge.objectives.base import Objective, ObjectiveSetup
 from vocabridge.pair_cache import cached_pairs
 from vocabridge.pairs import PairDataset, PairTokenizer, StreamingPairs, TokenizedPair
 from vocabridge.recipe.objective import read_objective
+from vocabridge.settings import real_path
 from vocabridge.text import Example, read_examples
 
 logger = logging.getLogger(__name__)
@@ -168,5 +169,5 @@ def refuse_own_folder(model: PreTrainedModel | str, output_dir: str | None, side
         UserError: ``output_dir`` is that folder.
     """
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-    if name and output_dir and Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
+    if name and output_dir and Path(name).is_dir() and real_path(name) == real_path(output_dir):
         raise UserError(f"output_dir is the {side}'s own folder '{name}', which saving would overwrite; name another.")

@@ -33,6 +33,8 @@ def rehearse(
     Raises:
         UserError: a part refuses its settings; the message names them.
     """
+    if args.fp16 and args.device.type == "cpu":
+        raise UserError("training: fp16 is for accelerators; set bf16 instead, or leave it out.")
     with _refusal("optim, optim_args, adam_beta1, adam_beta2 and adam_epsilon"):
         optimizer = optimizer_class([nn.Parameter(torch.zeros(1, device=args.device))], **optimizer_kwargs)
     with _refusal("lr_scheduler_type, lr_scheduler_kwargs and learning_rate"):

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
+
+LARGEST_INTEGER = 2**32 - 1
+"""Numpy's largest seed, and more than there is of anything that a setting counts."""
 
 
 class Settings(BaseModel):
     """Frozen settings that refuse unknown keys, wrong types, infinities and NaN."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*")
+    @classmethod
+    def _possible_number(cls, given: Any) -> Any:
+        if isinstance(given, int) and abs(given) > LARGEST_INTEGER:
+            raise ValueError(f"it must be at most {LARGEST_INTEGER}")
+        return given
 
 
 _LONGEST_PART = 255
@@ -28,6 +39,11 @@ def _possible_name(given: str) -> str:
     except RuntimeError:
         raise ValueError(f"there is no user '{given[1:].partition('/')[0]}' whose folder '~' could stand for") from None
     return given
+
+
+def real_path(name: str | Path) -> Path:
+    """Where a name leads; unlike ``Path.resolve`` also of links that lead in a circle, which are told when opened."""
+    return Path(os.path.realpath(Path(name).expanduser()))
 
 
 Name = Annotated[str, AfterValidator(_possible_name)]

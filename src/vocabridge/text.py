@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -95,7 +96,7 @@ def read_examples(source: ExampleSource, *, split: str | None = None, limit: int
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, not {limit}.")
-    return list(islice(iter_examples(source, split=split), limit))
+    return list(islice(iter_examples(source, split=split), limit and min(limit, sys.maxsize)))
 
 
 def iter_examples(source: ExampleSource, *, split: str | None = None) -> Iterator[Example]:

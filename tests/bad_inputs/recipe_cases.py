@@ -36,6 +36,11 @@ def steps_file(folder: Path) -> None:
     (folder / "run").write_text("something else")
 
 
+def leads_in_a_circle(folder: Path) -> None:
+    (folder / "loop.jsonl").symlink_to("loop.jsonl")
+    change_yaml(folder / RECIPE, data__train="loop.jsonl")
+
+
 FILES = [
     BadInput("no such file", ("nowhere.yaml", "cannot be read: No such file"), nothing, ("distill", "nowhere.yaml")),
     BadInput("a folder", ("student", "cannot be read: Is a directory"), nothing, ("validate", "student")),
@@ -57,6 +62,20 @@ NUMBERS = [
     set_in_recipe("training.learning_rate: negative", -0.1, "recipe.yaml:20", "greater than 0", "-0.1"),
     set_in_recipe("training.learning_rate: NaN", float("nan"), "recipe.yaml:20: training.learning_rate", "finite"),
     set_in_recipe("training.learning_rate: a word", "fast", "training.learning_rate must be a number", "'fast'"),
+    set_in_recipe("training.save_total_limit: negative", -3, "save_total_limit must be at least 1, but -3 was given"),
+    set_in_recipe("training.eval_delay: negative", -5, "training.eval_delay must be at least 0, but -5 was given"),
+    set_in_recipe(
+        "training.ddp_timeout: negative", -1, "training.ddp_timeout must be greater than 0, but -1 was given"
+    ),
+    set_in_recipe(
+        "training.dataloader_prefetch_factor: 0",
+        0,
+        "training.dataloader_prefetch_factor must be at least 1, but 0 was given",
+        training__dataloader_num_workers=2,
+    ),
+    set_in_recipe("training.per_device_train_batch_size: endless", 10**20, "train_batch_size", "at most 4294967295"),
+    set_in_recipe("data.limit: endless", 10**20, "recipe.yaml:", "data.limit", "at most 4294967295"),
+    set_in_recipe("training.log_level: unknown", "loud", "training.log_level", "'warning'", "'loud'"),
     set_in_recipe("training.adam_beta1: beyond 1", 2.0, "training.adam_beta1 must be less than 1", "2.0"),
     set_in_recipe("training.seed: beyond 32 bits", 2**64, "training.seed must be at most 4294967295"),
     set_in_recipe("training.max_steps: zero", 0, "training.max_steps is 0", "leave it out"),
@@ -102,6 +121,8 @@ NAMES = [
 ]
 
 CONFLICTS = [
+    set_in_recipe("training.fp16: on a CPU", True, "training: fp16 is for accelerators", "bf16"),
+    set_in_recipe("student.dtype: float16", "float16", "student.dtype is 'float16'", "vanish", "leave it out"),
     BadInput(
         "no teacher for an objective that needs one",
         ("recipe.yaml:8: objective.name 'dskd_cma' needs a teacher", "no 'teacher' section"),
@@ -148,12 +169,16 @@ FOLDERS = [
     set_in_recipe("training.output_dir: the data", "train.jsonl", "training.output_dir", "choose another"),
     set_in_recipe("training.output_dir: below a file", "test.jsonl/run", "training.output_dir", "Not a directory"),
     set_in_recipe("training.output_dir: where none can be", "/proc/run", "training.output_dir", "name another folder"),
+    BadInput("data.train: a link to itself", ("data.train names 'loop.jsonl'", "does not exist"), leads_in_a_circle),
     BadInput("training.output_dir: a file", ("training.output_dir: run is a file; name a folder",), steps_file),
 ]
 
 STUDIES = [
     in_study("study: base missing", "study.yaml:1: base is 'nowhere.yaml', which is no file", base="nowhere.yaml"),
     in_study("study: baseline unknown", "baseline is 'plan'", "did you mean 'plain'", baseline="plan"),
+    in_study(
+        "study: output_dir is a model", "study.yaml:2: output_dir is the student's own folder", output_dir="student"
+    ),
     in_study("study: a seed twice", "study.yaml:4: seeds is refused: 1 is given twice", seeds=[1, 1]),
     in_study("study: a variant's name leads out", "no variant's name", variants={"plain": None, "../x": None}),
     in_study(

@@ -38,8 +38,9 @@ def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
     for target in targets:
         matched = [module for name, module in linear.items() if name == target or name.endswith(f".{target}")]
         if not matched:
+            hint = did_you_mean(target, known) or "."
             raise UserError(
-                f"student.lora.target_modules: no linear layer is called '{target}'{did_you_mean(target, known)}. "
+                f"student.lora.target_modules: no linear layer is called '{target}'{hint} "
                 f"Linear layers: {', '.join(known)}."
             )
         if any(module is head for module in matched):

@@ -17,6 +17,7 @@ from vocabridge.recipe.objective import ObjectiveSettings, read_objective
 from vocabridge.recipe.problems import Problem, boolean_problems, unknown_key, validation_problems, without_echoes
 from vocabridge.recipe.schema import DataSettings, EvaluationSettings, Recipe, conflicts
 from vocabridge.recipe.training import TrainingSettings
+from vocabridge.settings import real_path
 
 _CLASSES: dict[str, type[BaseModel]] = {
     "data": DataSettings,
@@ -220,7 +221,7 @@ def _found(given: str, folder: Path) -> str:
         if colon and name and (folder / Path(name).expanduser()).is_dir():  # "folder:split" of a saved dataset
             return f"{_found(name, folder)}:{split}"
         path = folder / Path(given).expanduser()
-        return str(path.resolve()) if given and path.exists() else given
+        return str(real_path(path)) if given and path.exists() else given
     except (OSError, RuntimeError, ValueError):  # no name at all, which the section's own check tells
         return given
 

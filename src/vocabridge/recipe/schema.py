@@ -13,9 +13,9 @@ from pydantic import BeforeValidator, Field, field_validator
 from vocabridge.errors import UserError
 from vocabridge.models.spec import CacheSpec, Dtype, Engine, ModelSpec, check_side
 from vocabridge.recipe.objective import ObjectiveSettings
-from vocabridge.recipe.training import LARGEST_SEED, TrainingSettings
+from vocabridge.recipe.training import TrainingSettings
 from vocabridge.recipe.yaml_text import dump
-from vocabridge.settings import Name, Settings
+from vocabridge.settings import LARGEST_INTEGER, Name, Settings, real_path
 from vocabridge.suggest import did_you_mean
 
 
@@ -27,7 +27,7 @@ Names = Annotated[tuple[Annotated[Name, Field(min_length=1)], ...], BeforeValida
 """One name or a list of names."""
 
 
-Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
 
 
 class DataSettings(Settings):
@@ -150,6 +150,9 @@ def _model_conflicts(side: Any, model: ModelSpec, training: TrainingSettings | N
     if training and model.device is not None:
         problem = f"is '{model.device}', but training places the models itself; leave it out or set training.use_cpu."
         found.append(Conflict(f"{side}.device", problem))
+    if side == "student" and model.dtype == "float16" and model.lora is None:
+        problem = "is 'float16', in which small gradients vanish; leave it out, and set training.bf16 or fp16."
+        found.append(Conflict("student.dtype", problem))
     return found
 
 
@@ -171,7 +174,7 @@ def _cache_conflicts(cache: CacheSpec, sections: Mapping[str, Any]) -> list[Conf
     data, objective, training = sections.get("data"), sections.get("objective"), sections.get("training")
     found = []
     if training and cache.folder is not None:
-        run_dir, folder = (Path(name).expanduser().resolve() for name in (training.output_dir, cache.folder))
+        run_dir, folder = map(real_path, (training.output_dir, cache.folder))
         if folder == run_dir or run_dir in folder.parents:
             problem = f"lies in the run folder '{run_dir}', which --overwrite would delete; name another folder."
             found.append(Conflict("teacher.cache", problem))
@@ -186,7 +189,7 @@ def _cache_conflicts(cache: CacheSpec, sections: Mapping[str, Any]) -> list[Conf
 
 def _folder_conflicts(sections: Mapping[str, Any], training: TrainingSettings) -> list[Conflict]:
     """What the run would write over, or ``--overwrite`` delete: its own inputs, or the folder you stand in."""
-    run_dir = Path(training.output_dir).expanduser().resolve()
+    run_dir = real_path(training.output_dir)
     found = []
     if run_dir == Path.cwd() or run_dir in Path.cwd().parents or run_dir == Path.home():
         problem = f"is '{run_dir}', which holds more than this run; name a new folder."
@@ -200,7 +203,7 @@ def _folder_conflicts(sections: Mapping[str, Any], training: TrainingSettings) -
     if evaluation := sections.get("evaluation"):
         inputs += [("the data", name) for name in evaluation.data]
     for what, name in dict.fromkeys(inputs):
-        path = Path(name).expanduser().resolve()
+        path = real_path(name)
         if run_dir == path or (path.exists() and run_dir in path.parents):
             problem = f"is or contains {what} '{name}', which the run would overwrite; choose another."
             found.append(Conflict("training.output_dir", problem))

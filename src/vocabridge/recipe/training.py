@@ -15,28 +15,37 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 import annotated_types
 from pydantic import Field, create_model
 
-from vocabridge.settings import Name, Settings
-
-LARGEST_SEED = 2**32 - 1
-"""Of numpy, which is seeded with the rest."""
+from vocabridge.settings import LARGEST_INTEGER, Name, Settings
 
 _SIMPLE_TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 _LIMITS = {
     **dict.fromkeys(
-        ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps"), annotated_types.Gt(0)
+        ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "ddp_timeout"),
+        annotated_types.Gt(0),
     ),
     **dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "dataloader_prefetch_factor",
+            "save_total_limit",
+        ),
         annotated_types.Ge(1),
     ),
     **dict.fromkeys(
-        ("weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers"),
+        ("weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers", "eval_delay"),
         annotated_types.Ge(0),
     ),
-    **dict.fromkeys(("seed", "data_seed"), annotated_types.Interval(ge=0, le=LARGEST_SEED)),
+    **dict.fromkeys(("seed", "data_seed"), annotated_types.Interval(ge=0, le=LARGEST_INTEGER)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), annotated_types.Interval(ge=0, lt=1)),
     "max_steps": annotated_types.Ge(-1),
 }
+_CHOICES = dict.fromkeys(
+    ("log_level", "log_level_replica"),
+    Literal["detail", "debug", "info", "warning", "error", "critical", "passive"],
+)
+"""Of fields whose annotation is any text."""
 NOT_TAKEN = {
     "resume_from_checkpoint": "continue a run with 'vocabridge distill RECIPE --resume'",
     "do_train": "'vocabridge distill' always trains",
@@ -89,7 +98,9 @@ def training_argument_types() -> dict[str, Any]:
     for node in fields.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             members = _members(node.annotation, enums)
-            if members - {None} and node.target.id not in NOT_TAKEN:
+            if node.target.id in _CHOICES:
+                types[node.target.id] = _CHOICES[node.target.id]
+            elif members - {None} and node.target.id not in NOT_TAKEN:
                 types[node.target.id] = Union[tuple(sorted(members, key=str))]  # noqa: UP007 - built at run time
     return types
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserError
+from ..settings import real_path
 from ..study.plan import StudyPlan, load_study, run_folder
 from ..study.results import RESULTS_FILE, study_results
 from ..study.status import results_file
@@ -132,7 +133,7 @@ def _folder_report(folder: Path) -> Report:
     file = Path(record.study)
     if file.is_file():
         plan = load_study(file)
-        if plan.folder.resolve() == folder.resolve():
+        if real_path(plan.folder) == real_path(folder):
             return _study_report(file, plan)
     return _report(folder, folder, record)
 

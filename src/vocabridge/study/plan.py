@@ -32,7 +32,7 @@ from ..errors import UserError
 from ..recipe import Recipe, yaml_text
 from ..recipe.loading import Source, build_recipe, make_absolute, read_recipe_file, set_value
 from ..recipe.problems import Problem, boolean_problems, validation_problems, without_echoes
-from ..settings import Name, Settings
+from ..settings import Name, Settings, real_path
 from ..suggest import did_you_mean
 
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -126,6 +126,7 @@ def load_study(path: str | Path) -> StudyPlan:
     base.values["evaluation"] = (base.values.get("evaluation") or {}) | evaluation["evaluation"]
     folder = Path(settings.output_dir)
     in_base = _problems_of_base(base, folder)
+    Source(str(path), mapping.lines).refuse([*_problems_of_folder(base, folder)])
     recipes: dict[tuple[str, int], Recipe] = {}
     problems: list[str] = []
     for variant, overrides in settings.variants.items():
@@ -219,6 +220,14 @@ def _problems_of_base(base: _Base, folder: Path) -> set[str]:
     except UserError as error:
         return set(str(error).splitlines())
     return set()
+
+
+def _problems_of_folder(base: _Base, folder: Path) -> Iterator[Problem]:
+    """A study writes beside its runs, too."""
+    for side in ("student", "teacher"):
+        model = (base.values.get(side) or {}).get("model")
+        if isinstance(model, str) and real_path(model) == real_path(folder):
+            yield Problem(("output_dir",), f"is the {side}'s own folder '{model}'; name a new one.")
 
 
 def _recipe(base: _Base, overrides: Mapping[str, Any], *, own: Mapping[str, Any], place: str, folder: Path) -> Recipe:
