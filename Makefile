@@ -50,7 +50,7 @@ test-gradients: venv ## Compare the gradients of one process and two, and of acc
 test-faults: venv ## Kill every long command at 20 random moments each, and compare what comes of it (about 5 minutes)
 	$(BIN)/python tests/faults/run.py --kills 20 --json docs/reliability/faults.json
 
-test-fuzz: venv ## Throw 100,000 recipes, data files and texts at what reads them (about 20 minutes)
+test-fuzz: venv ## Throw 110,000 recipes, data files and texts at what reads them (about 10 minutes)
 	$(BIN)/python tests/fuzz/run.py --inputs 100000 --json docs/reliability/fuzz.json
 
 check: venv ## Lint, formatting, types, and what can be told about the dependencies offline

@@ -17,6 +17,7 @@ import tokenizer_zoo
 from tiny_pair import ROWS, student_model, teacher_model
 from vocabridge.models.lora import add_lora
 from vocabridge.models.spec import LoraSpec
+from vocabridge.objectives import objective_info, objective_names
 from vocabridge.trainer import DistillationTrainer
 from vocabridge.training_arguments import DistillationConfig
 
@@ -28,6 +29,10 @@ OBJECTIVES: dict[str, Any] = {
     "alm": "alm",
     "hidden_state": {"terms": [{"name": "cross_entropy", "weight": 0.5}, {"name": "hidden_state", "weight": 0.5}]},
 }
+OTHERS = [name for name in objective_names() if name not in ("cross_entropy", "dskd_cma", *OBJECTIVES)]
+"""Every other objective, by its defaults."""
+PLAIN = ["uld", "alm", *OTHERS]
+"""Objectives that are compared as they are."""
 
 
 READ_FROM_THE_TEACHER: dict[str, Any] = {
@@ -53,12 +58,14 @@ def trainer(
     teacher: bool = True,
     **arguments: Any,
 ) -> DistillationTrainer:
-    """Eight rows a step on every number of processes."""
+    """Eight rows a step on every number of processes; both sides have one tokenizer where the objective needs that."""
     for variable in [key for key in os.environ if key.startswith(("FSDP_", "ACCELERATE_"))]:
         del os.environ[variable]  # accelerate remembers there what the last trainer was
     if zero_stage is not None:
         os.environ |= launch_environment(zero_stage)
-    student_tokenizer, teacher_tokenizer = tokenizer_zoo.byte_level_bpe(), tokenizer_zoo.sentencepiece_bpe()
+    needs_same = isinstance(objective, str) and "same_tokenizer" in objective_info(objective).config_class.needs
+    student_tokenizer = tokenizer_zoo.byte_level_bpe()
+    teacher_tokenizer = student_tokenizer if needs_same else tokenizer_zoo.sentencepiece_bpe()
     student = student_model(student_tokenizer, tied=tied)
     accumulation = int(arguments.get("gradient_accumulation_steps", 1))
     options = {

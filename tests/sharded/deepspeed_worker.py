@@ -143,6 +143,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "hidden_state": all_engines(cases.OBJECTIVES["hidden_state"], activation_checkpointing=True),
     "lora": all_engines(cases.GAN, lora=True, learning_rate=1e-2),
     "bf16": all_engines(cases.GAN, bf16=True),
+    **{name: all_engines(name) for name in cases.PLAIN},
     "resumed": resumed,
     "resumed_lora": partial(gone_on, engine="zero3", lora=True),
     "best": best,

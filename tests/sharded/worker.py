@@ -173,6 +173,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
         name: both_engines(objective, gradient_accumulation_steps=2, diagnostics_steps=2 if name == "gan" else 0)
         for name, objective in cases.OBJECTIVES.items()
     },
+    **{name: both_engines(name) for name in cases.OTHERS},
     "checkpointing": both_engines(cases.GAN, activation_checkpointing=True),
     "bf16": both_engines(cases.GAN, bf16=True, activation_checkpointing=True),
     "untied": both_engines(cases.GAN, tied=False),
@@ -189,7 +190,6 @@ if __name__ == "__main__":
     output = Path(sys.argv[1])
     if len(sys.argv) > 2:
         CASES = {name: CASES[name] for name in sys.argv[2:]}
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     found = run(output)
     if torch.distributed.get_rank() == 0:
