@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,16 @@ def test_summary_of_a_study(tmp_path: Path) -> None:
     assert "test (in domain) and other (out of domain) with 2 sampling seeds" in text
     assert [(each.variant, each.metric) for each in found.main] == [("cma_ga", "rouge_l"), ("sft", "rouge_l")] * 2
     assert len(found.other) == 8
+
+
+def test_every_comparison_names_its_own_baseline(tmp_path: Path) -> None:
+    path = report_cases.finished_study(tmp_path)
+    path.write_text(path.read_text(encoding="utf-8") + "baselines: {sft: cma_ga}\n", encoding="utf-8")
+    report = collect(path)
+    found = summary(report)
+    assert "compares cma_ga against the baseline cma, sft against cma_ga, each trained" in " ".join(found.introduction)
+    said = {(each.variant, re.split(r" (?:than|from) ", each.text)[1].split()[0]) for each in found.main + found.other}
+    assert said == {("cma_ga", "cma"), ("sft", "cma_ga")}
 
 
 def test_summary_of_an_unfinished_study(tmp_path: Path) -> None:

@@ -140,6 +140,22 @@ def test_holm_is_over_the_variants(finished: StudyPlan) -> None:
         assert large[f"{prefix}_p_holm"] == max(first, large[f"{prefix}_p_value"])
 
 
+def test_an_ablation_is_compared_with_the_variant_that_it_names(finished: StudyPlan, write_study: WriteStudy) -> None:
+    evaluation = {"data": ["org/test", "org/other", "org/third"], "seeds": [10, 20]}
+    result = study_results(load_study(write_study(evaluation=evaluation, baselines={"sft": "cma_ga"})))
+    assert sum(status.state == "done" for status in result.statuses.values()) == 8, "no run is to be trained anew"
+    records = result.to_dict()["comparisons"]
+    differences = [score("sft", s, ["test"]) - score("cma_ga", s, ["test"]) for s in (0, 1)]
+    pair = [one(records, variant=name, metric="rouge_l", scope="test") for name in ("cma_ga", "sft")]
+    assert [found["baseline"] for found in pair] == ["cma", "cma_ga"]
+    assert pair[1]["difference"] == pytest.approx(fmean(differences))
+    assert pair[1]["examples_num"] == NUM["test"]
+    smallest = min(found["seeds_p_value"] for found in pair)
+    assert min(found["seeds_p_holm"] for found in pair) == min(1.0, 2 * smallest), "one family, whoever the baseline is"
+    titles = [line.strip() for line in shown(result).splitlines() if line.startswith("against")]
+    assert titles == ["against cma", "against cma_ga"]
+
+
 def test_bits_per_byte_have_seeds_only(finished: StudyPlan) -> None:
     found = one(study_results(finished).to_dict()["comparisons"], variant="sft", metric="bits_per_byte", scope="test")
     assert found["difference"] == pytest.approx(0.10)
@@ -151,7 +167,7 @@ def test_json_is_tidy_and_read_back(finished: StudyPlan) -> None:
     path = write_results(study_results(finished))
     assert path == Path("study", "study.json")
     read = json.loads(path.read_text())
-    assert read["version"] == 1
+    assert read["version"] == 2
     assert read["baseline"] == "cma"
     for name in ("runs", "scores", "summaries", "comparisons"):
         assert len({tuple(record) for record in read[name]}) == 1, f"{name}: every record has the same fields"

@@ -7,7 +7,7 @@ list as it is. ``version`` rises when a field changes its meaning.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .statistics import (
 )
 from .status import RunStatus, current_status
 
-VERSION = 1
+VERSION = 2
 RESULTS_FILE = "study.json"
 DIFFERENCE_TO_SEE = 0.37
 """ROUGE-L points: the difference for which the needed number of seeds is worked out."""
@@ -76,10 +76,11 @@ class Tested:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One variant against the baseline, paired over the training seeds that both have.
+    """One variant against its baseline, paired over the training seeds that both have.
 
     Attributes:
         variant, metric, scope: what is compared.
+        baseline: variant that it is compared with.
         seeds: training seeds that both have finished.
         difference: variant minus baseline; for bits per byte less is better.
         std: of the differences over seeds (n - 1).
@@ -93,6 +94,7 @@ class Comparison:
     variant: str
     metric: Metric
     scope: Scope
+    baseline: str
     seeds: tuple[int, ...]
     difference: float
     std: float | None
@@ -118,6 +120,7 @@ class StudyResult:
             "version": VERSION,
             "study": str(self.plan.source),
             "baseline": self.plan.baseline,
+            "baselines": dict(self.plan.baselines),
             "variants": list(self.plan.variants),
             "seeds": list(self.plan.seeds),
             "power": {"difference": DIFFERENCE_TO_SEE, "metric": "rouge_l", "alpha": 0.05, "power": 0.8},
@@ -192,37 +195,46 @@ def _comparisons(plan: StudyPlan, scores: Sequence[Score], examples: PairedExamp
         variants.setdefault(score.variant, {})[score.seed] = score.value
     for metric in METRICS:
         for (cell_metric, scope), variants in by_cell.items():
-            if cell_metric == metric and plan.baseline in variants:
-                baseline = variants.pop(plan.baseline)
+            if cell_metric == metric:
                 found = [
-                    _comparison(variant, metric, scope, values, baseline, plan.baseline, examples)
-                    for variant, values in variants.items()
-                    if values.keys() & baseline.keys()
+                    _comparison(pair, metric, scope, variants[pair[0]], variants[pair[1]], examples)
+                    for pair in _pairs(plan, variants)
                 ]
                 yield from _with_holm(found)
 
 
+def _pairs(plan: StudyPlan, variants: Mapping[str, Mapping[int, float]]) -> list[tuple[str, str]]:
+    """Every variant and its baseline, where they share a finished seed."""
+    pairs = [(variant, plan.baseline_of(variant)) for variant in variants]
+    return [
+        (variant, baseline)
+        for variant, baseline in pairs
+        if variant != baseline and variants[variant].keys() & variants.get(baseline, {}).keys()
+    ]
+
+
 def _comparison(
-    variant: str,
+    pair: tuple[str, str],
     metric: Metric,
     scope: Scope,
-    values: dict[int, float],
-    baseline: dict[int, float],
-    baseline_name: str,
+    ours: dict[int, float],
+    theirs: dict[int, float],
     examples: PairedExamples,
 ) -> Comparison:
-    seeds = tuple(sorted(values.keys() & baseline.keys()))
-    differences = [values[seed] - baseline[seed] for seed in seeds]
+    variant, baseline = pair
+    seeds = tuple(sorted(ours.keys() & theirs.keys()))
+    differences = [ours[seed] - theirs[seed] for seed in seeds]
     over_seeds = _tested([differences])
     assert over_seeds is not None, "there is at least one seed"
     groups = None
     if metric != "bits_per_byte":
-        groups = examples.differences(variant, baseline_name, seeds=seeds, files=scope.files, metric=metric)
+        groups = examples.differences(variant, baseline, seeds=seeds, files=scope.files, metric=metric)
     spread = mean_std(differences)
     return Comparison(
         variant=variant,
         metric=metric,
         scope=scope,
+        baseline=baseline,
         seeds=seeds,
         difference=spread.mean,
         std=spread.std,
@@ -285,6 +297,7 @@ def _summary_record(summary: Summary) -> dict[str, Any]:
 def _comparison_record(comparison: Comparison) -> dict[str, Any]:
     return {
         **_cell(comparison),
+        "baseline": comparison.baseline,
         "seeds": list(comparison.seeds),
         "difference": comparison.difference,
         "std": comparison.std,

@@ -62,11 +62,12 @@ def unfinished_lines(statuses: Mapping[PlannedRun, RunStatus]) -> list[str]:
 
 
 def result_tables(result: StudyResult) -> list[Table]:
-    """Means of every metric, then the comparisons with the baseline; nothing without a finished run."""
+    """Means of every metric, then the comparisons, a table for each baseline; nothing without a finished run."""
     if not result.summaries:
         return []
     tables = [_means_table(result, metric, title) for metric, title in _TITLES.items()]
-    return [*tables, _comparison_table(result)] if result.comparisons else tables
+    baselines = dict.fromkeys(comparison.baseline for comparison in result.comparisons)
+    return [*tables, *(_comparison_table(result, baseline) for baseline in baselines)]
 
 
 def _means_table(result: StudyResult, metric: Metric, title: str) -> Table:
@@ -85,15 +86,16 @@ def _means_table(result: StudyResult, metric: Metric, title: str) -> Table:
     return table
 
 
-def _comparison_table(result: StudyResult) -> Table:
-    table = Table(title=f"against {escape(result.plan.baseline)}", title_justify="left")
+def _comparison_table(result: StudyResult, baseline: str) -> Table:
+    table = Table(title=f"against {escape(baseline)}", title_justify="left")
     for heading in ("variant", "metric", "data"):
         table.add_column(heading, overflow="fold")
     for heading in ("difference", "seeds", "p, seeds", "p, examples", "effect", f"seeds for {DIFFERENCE_TO_SEE}"):
         table.add_column(heading, justify="right")
     for comparison in result.comparisons:
-        table.add_row(*_comparison_cells(comparison))
-    table.caption = "95 % bootstrap intervals over seeds; p-values Holm-corrected over variants, * below 0.05"
+        if comparison.baseline == baseline:
+            table.add_row(*_comparison_cells(comparison))
+    table.caption = "95 % bootstrap intervals over seeds; p-values Holm-corrected over all comparisons, * below 0.05"
     fewest = min(comparison.over_seeds.test.smallest_p for comparison in result.comparisons)
     if fewest > _ALPHA:
         table.caption += f"; so few seeds cannot give a p over seeds below {fewest:.3g}"
