@@ -71,7 +71,12 @@ def test_no_verdict_without_significance_over_seeds() -> None:
     assert "cannot give a p below 0.25" in found.text
     assert "p < 0.001 over examples" in found.text
     assert "says nothing about another training" in found.text
-    assert "A difference of 0.37 would need 5 seeds." in found.text
+    assert "A difference of 0.37 would need 5 seeds (to be seen with probability 0.8 at 0.05, with" in found.text
+
+
+def test_the_seeds_needed_are_told_with_their_level() -> None:
+    text = sentence(comparison(seeds_p_holm=0.25, seeds_needed=41, num_comparisons=9), "cma", POWER).text
+    assert "would need 41 seeds (to be seen with probability 0.8 at 0.05 / 9 comparisons, with the spread" in text
 
 
 def test_exactly_the_level_is_no_verdict() -> None:

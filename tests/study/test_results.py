@@ -17,6 +17,7 @@ from study_cases import WriteStudy, finish
 from vocabridge.study.estimate import estimate, total_seconds
 from vocabridge.study.plan import StudyPlan, load_study
 from vocabridge.study.results import StudyResult, study_results, write_results
+from vocabridge.study.statistics import seeds_needed
 from vocabridge.study.status import RunStatus, current_status, write_status
 from vocabridge.study.tables import plan_table, result_tables, unfinished_lines
 
@@ -102,7 +103,8 @@ def test_comparison_is_paired_over_seeds(finished: StudyPlan, scope: str) -> Non
         assert found["seeds_p_value"] == expected
         assert found["seeds_smallest_p"] == 2 / 2 ** len(seeds)
         assert (found["cohen_dz"] is None) == (len(seeds) < 3)
-        assert found["seeds_needed"] >= 2
+        assert found["num_comparisons"] == 2
+        assert found["seeds_needed"] == seeds_needed(0.37, stdev(differences), alpha=0.05 / 2)
     assert {record["variant"] for record in records} == {"cma_ga", "sft"}, "the baseline is not compared with itself"
 
 

@@ -63,6 +63,7 @@ class ComparisonRecord(_Cell):
     difference: float
     std: float | None
     hedges_gz: float | None
+    num_comparisons: int = 1
     seeds_needed: int | None
     seeds_low: float | None
     seeds_high: float | None
@@ -76,6 +77,8 @@ class Power(_Record):
     """The difference for which the number of seeds is worked out."""
 
     difference: float
+    alpha: float = 0.05
+    power: float = 0.8
 
 
 class StudyRecord(_Record):

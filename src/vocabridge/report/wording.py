@@ -164,7 +164,11 @@ def _what_would_tell(comparison: ComparisonRecord, power: Power) -> str:
             "nothing about another training."
         )
     if comparison.seeds_needed is not None:
-        added += f" A difference of {power.difference:g} would need {_count(comparison.seeds_needed, 'seed')}."
+        shared = f" / {comparison.num_comparisons} comparisons" if comparison.num_comparisons > 1 else ""
+        added += (
+            f" A difference of {power.difference:g} would need {_count(comparison.seeds_needed, 'seed')} (to be seen "
+            f"with probability {power.power:g} at {power.alpha:g}{shared}, with the spread of these seeds)."
+        )
     return added
 
 

@@ -31,6 +31,8 @@ from .status import RunStatus, current_status
 
 VERSION = 2
 RESULTS_FILE = "study.json"
+ALPHA = 0.05
+"""Level of all comparisons of one metric and scope together (Holm)."""
 DIFFERENCE_TO_SEE = 0.37
 """ROUGE-L points: the difference for which the needed number of seeds is worked out."""
 
@@ -87,8 +89,10 @@ class Comparison:
         over_seeds: would it hold for another training?
         over_examples: would these models differ on other prompts? None for bits per byte and without predictions.
         effect: standardised difference over seeds.
-        seeds_needed: training seeds to see a difference of 0.37 ROUGE-L at this ``std``; None for other metrics, with
-            fewer than two seeds, or when 10,000 would not do.
+        num_comparisons: those that Holm's correction is over, of the same metric and scope, this one among them.
+        seeds_needed: training seeds to see a difference of 0.37 ROUGE-L at this ``std`` and the level of Holm's first
+            step, ``ALPHA / num_comparisons``; None for other metrics, with fewer than two seeds, or when 10,000 would
+            not do.
     """
 
     variant: str
@@ -101,6 +105,7 @@ class Comparison:
     over_seeds: Tested
     over_examples: Tested | None
     effect: EffectSize | None
+    num_comparisons: int
     seeds_needed: int | None
 
 
@@ -123,7 +128,7 @@ class StudyResult:
             "baselines": dict(self.plan.baselines),
             "variants": list(self.plan.variants),
             "seeds": list(self.plan.seeds),
-            "power": {"difference": DIFFERENCE_TO_SEE, "metric": "rouge_l", "alpha": 0.05, "power": 0.8},
+            "power": {"difference": DIFFERENCE_TO_SEE, "metric": "rouge_l", "alpha": ALPHA, "power": 0.8},
             "runs": [_run_record(run, status) for run, status in self.statuses.items()],
             "scores": [_score_record(score) for score in self.scores],
             "summaries": [_summary_record(summary) for summary in self.summaries],
@@ -196,9 +201,10 @@ def _comparisons(plan: StudyPlan, scores: Sequence[Score], examples: PairedExamp
     for metric in METRICS:
         for (cell_metric, scope), variants in by_cell.items():
             if cell_metric == metric:
+                pairs = _pairs(plan, variants)
                 found = [
-                    _comparison(pair, metric, scope, variants[pair[0]], variants[pair[1]], examples)
-                    for pair in _pairs(plan, variants)
+                    _comparison(pair, metric, scope, variants[pair[0]], variants[pair[1]], examples, len(pairs))
+                    for pair in pairs
                 ]
                 yield from _with_holm(found)
 
@@ -220,6 +226,7 @@ def _comparison(
     ours: dict[int, float],
     theirs: dict[int, float],
     examples: PairedExamples,
+    num_comparisons: int,
 ) -> Comparison:
     variant, baseline = pair
     seeds = tuple(sorted(ours.keys() & theirs.keys()))
@@ -230,6 +237,9 @@ def _comparison(
     if metric != "bits_per_byte":
         groups = examples.differences(variant, baseline, seeds=seeds, files=scope.files, metric=metric)
     spread = mean_std(differences)
+    needed = None
+    if metric == "rouge_l" and spread.std:
+        needed = seeds_needed(DIFFERENCE_TO_SEE, spread.std, alpha=ALPHA / num_comparisons)
     return Comparison(
         variant=variant,
         metric=metric,
@@ -241,7 +251,8 @@ def _comparison(
         over_seeds=over_seeds,
         over_examples=_tested(groups) if groups else None,
         effect=effect_size(differences),
-        seeds_needed=seeds_needed(DIFFERENCE_TO_SEE, spread.std) if metric == "rouge_l" and spread.std else None,
+        num_comparisons=num_comparisons,
+        seeds_needed=needed,
     )
 
 
@@ -303,6 +314,7 @@ def _comparison_record(comparison: Comparison) -> dict[str, Any]:
         "std": comparison.std,
         "cohen_dz": comparison.effect and comparison.effect.cohen_dz,
         "hedges_gz": comparison.effect and comparison.effect.hedges_gz,
+        "num_comparisons": comparison.num_comparisons,
         "seeds_needed": comparison.seeds_needed,
         **_tested_fields("seeds", comparison.over_seeds),
         **_tested_fields("examples", comparison.over_examples),

@@ -12,12 +12,11 @@ from rich.table import Table
 
 from .estimate import estimate, total_seconds
 from .plan import PlannedRun, StudyPlan
-from .results import DIFFERENCE_TO_SEE, Comparison, StudyResult, Summary, Tested
+from .results import ALPHA, DIFFERENCE_TO_SEE, Comparison, StudyResult, Summary, Tested
 from .scores import Metric, Scope
 from .status import RunStatus
 
 _TITLES: dict[Metric, str] = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "bits_per_byte": "bits/byte"}
-_ALPHA = 0.05
 
 
 def plan_table(plan: StudyPlan, statuses: Mapping[PlannedRun, RunStatus], *, jobs: int) -> Table:
@@ -97,7 +96,7 @@ def _comparison_table(result: StudyResult, baseline: str) -> Table:
             table.add_row(*_comparison_cells(comparison))
     table.caption = "95 % bootstrap intervals over seeds; p-values Holm-corrected over all comparisons, * below 0.05"
     fewest = min(comparison.over_seeds.test.smallest_p for comparison in result.comparisons)
-    if fewest > _ALPHA:
+    if fewest > ALPHA:
         table.caption += f"; so few seeds cannot give a p over seeds below {fewest:.3g}"
     return table
 
@@ -126,7 +125,7 @@ def _mean_cell(summary: Summary | None, digits: int) -> str:
 
 
 def _p_cell(tested: Tested | None) -> str:
-    return "-" if tested is None else f"{tested.p_holm:.4f}" + (" *" if tested.p_holm < _ALPHA else "")
+    return "-" if tested is None else f"{tested.p_holm:.4f}" + (" *" if tested.p_holm < ALPHA else "")
 
 
 def _scope_title(scope: Scope) -> str:
