@@ -74,6 +74,15 @@ def test_no_verdict_without_significance_over_seeds() -> None:
     assert "A difference of 0.37 would need 5 seeds (to be seen with probability 0.8 at 0.05, with" in found.text
 
 
+def test_what_so_few_seeds_can_give_is_told_after_correction() -> None:
+    six = comparison(seeds_p_holm=0.25, seeds_smallest_p=0.03125)
+    assert "cannot give" not in sentence(six, "cma", POWER).text
+    nine = six.model_copy(update={"num_comparisons": 9})
+    assert "So few seeds and 9 comparisons cannot give a p below 0.281." in sentence(nine, "cma", POWER).text
+    three = nine.model_copy(update={"seeds_smallest_p": 0.25})
+    assert "cannot give a p below 1." in sentence(three, "cma", POWER).text
+
+
 def test_the_seeds_needed_are_told_with_their_level() -> None:
     text = sentence(comparison(seeds_p_holm=0.25, seeds_needed=41, num_comparisons=9), "cma", POWER).text
     assert "would need 41 seeds (to be seen with probability 0.8 at 0.05 / 9 comparisons, with the spread" in text

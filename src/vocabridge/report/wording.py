@@ -155,8 +155,10 @@ def sentence(comparison: ComparisonRecord, baseline: str, power: Power) -> Sente
 
 def _what_would_tell(comparison: ComparisonRecord, power: Power) -> str:
     added = ""
-    if comparison.seeds_smallest_p > ALPHA:
-        added += f" So few seeds cannot give a p below {comparison.seeds_smallest_p:.3g}."
+    smallest = min(1.0, comparison.num_comparisons * comparison.seeds_smallest_p)  # Holm's first step
+    if smallest > ALPHA:
+        several = f" and {comparison.num_comparisons} comparisons" if comparison.num_comparisons > 1 else ""
+        added += f" So few seeds{several} cannot give a p below {smallest:.3g}."
     if comparison.examples_p_holm is not None and comparison.examples_p_holm < ALPHA:
         sure = p_value(comparison.examples_p_holm, sign=True)
         added += (

@@ -108,6 +108,11 @@ class Comparison:
     num_comparisons: int
     seeds_needed: int | None
 
+    @property
+    def smallest_p_holm(self) -> float:
+        """The least ``p_holm`` over seeds that so many seeds and comparisons can give: Holm's first step."""
+        return min(1.0, self.num_comparisons * self.over_seeds.test.smallest_p)
+
 
 @dataclass(frozen=True, slots=True)
 class StudyResult:

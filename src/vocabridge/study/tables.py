@@ -95,9 +95,9 @@ def _comparison_table(result: StudyResult, baseline: str) -> Table:
         if comparison.baseline == baseline:
             table.add_row(*_comparison_cells(comparison))
     table.caption = "95 % bootstrap intervals over seeds; p-values Holm-corrected over all comparisons, * below 0.05"
-    fewest = min(comparison.over_seeds.test.smallest_p for comparison in result.comparisons)
-    if fewest > ALPHA:
-        table.caption += f"; so few seeds cannot give a p over seeds below {fewest:.3g}"
+    smallest = min(comparison.smallest_p_holm for comparison in result.comparisons)
+    if smallest > ALPHA:
+        table.caption += f"; so few seeds for so many comparisons cannot give a p over seeds below {smallest:.3g}"
     return table
 
 
