@@ -154,8 +154,8 @@ def test_an_ablation_is_compared_with_the_variant_that_it_names(finished: StudyP
     assert pair[1]["examples_num"] == NUM["test"]
     smallest = min(found["seeds_p_value"] for found in pair)
     assert min(found["seeds_p_holm"] for found in pair) == min(1.0, 2 * smallest), "one family, whoever the baseline is"
-    titles = [line.strip() for line in shown(result).splitlines() if line.startswith("against")]
-    assert titles == ["against cma", "against cma_ga"]
+    titles = [line.strip() for line in shown(result).splitlines() if line.startswith("ROUGE-L against")]
+    assert titles == ["ROUGE-L against cma", "ROUGE-L against cma_ga"]
 
 
 def test_bits_per_byte_have_seeds_only(finished: StudyPlan) -> None:
@@ -227,7 +227,7 @@ def test_without_predictions_the_examples_are_left_out(finished: StudyPlan, dama
 
 
 def test_tables(finished: StudyPlan) -> None:
-    text = shown(study_results(finished))
+    text = " ".join(shown(study_results(finished)).split())
     difference = fmean(score("sft", s, ["test"]) - score("cma", s, ["test"]) for s in range(3))
     for expected in ("against cma", f"{difference:+.2f}", "out-of-domain", "seeds for 0.37", "below 0.5"):
         assert expected in text
@@ -240,11 +240,37 @@ def test_comparisons_that_share_the_level_need_more_seeds(write_study: WriteStud
         for run in plan.runs:
             if run.variant in variants:
                 finish(run, {"test": examples(run.variant, run.seed)["test"]})
-        assert ("cannot give a p over seeds below 0.0625" in shown(study_results(plan))) == warned
+        text = " ".join(shown(study_results(plan)).split())
+        assert ("cannot give a p over seeds below 0.0625" in text) == warned
 
 
-def shown(result: StudyResult) -> str:
-    console = Console(width=250)
+def test_comparisons_are_whole_at_80_columns(write_study: WriteStudy) -> None:
+    variants = {"cma": {"objective.matching": "none"}, "dskd_cma_ga_unmasked": None}
+    evaluation = {"data": ["org/test", "org/self-instruct"], "seeds": [10, 20]}
+    plan = load_study(write_study(variants=variants, evaluation=evaluation))
+    for run in plan.runs:
+        scored = examples("cma" if run.variant == "cma" else "cma_ga", run.seed)
+        lower = 1.0 if run.variant == "cma" else 0.1  # differences of two digits before the point
+        files = {
+            name: {key: [lower * x for x in row] for key, row in scored["test"].items()}
+            for name in ("test", "self-instruct")
+        }
+        finish(run, files, bits=1.0 + lower + 0.01 * run.seed)
+    result = study_results(plan)
+    text = shown(result, width=80)
+    assert "\u2026" not in text
+    for comparison in result.comparisons:
+        interval, digits = comparison.over_seeds.interval, 4 if comparison.metric == "bits_per_byte" else 2
+        assert interval is not None
+        line = f"{comparison.difference:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
+        assert line in text
+    assert "in-domain" not in text, "the average over one file is that file"
+    assert "out-of-domain" not in text
+    assert "self-instruct (out)" in text
+
+
+def shown(result: StudyResult, *, width: int = 250) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
         for table in result_tables(result):
             console.print(table)
