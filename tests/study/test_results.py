@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, stdev
@@ -158,7 +159,73 @@ def test_an_ablation_is_compared_with_the_variant_that_it_names(finished: StudyP
     assert titles == ["ROUGE-L against cma", "ROUGE-L against cma_ga"]
 
 
-def test_bits_per_byte_have_seeds_only(finished: StudyPlan) -> None:
+LENGTHS = [4, 10, 25, 7, 18, 30]
+"""Bytes of the responses of one file."""
+
+
+def row_bits(variant: str, seed: int, row: int) -> float:
+    return LENGTHS[row] * (2.0 - GAIN[variant] * (1 + row)) + math.sin(10 * seed + row + list(GAIN).index(variant))
+
+
+def write_row_bits(plan: StudyPlan, *, file: str) -> None:
+    """Bits of every row, and the ratio of their sums among the results, for all runs that are done."""
+    for run in plan.runs:
+        path = run.folder / "evaluation" / "results.json"
+        if path.exists():
+            rows = [
+                {"source": f"{file}:{row + 1}", "bits": row_bits(run.variant, run.seed, row), "num_bytes": num}
+                for row, num in enumerate(LENGTHS)
+            ]
+            (path.parent / "bits").mkdir(exist_ok=True)
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (path.parent / "bits" / f"{file}.jsonl").write_text(lines, encoding="utf-8")
+            results = json.loads(path.read_text(encoding="utf-8"))
+            part = one(results["files"], name=file)
+            part["bits_per_byte"] = sum(row["bits"] for row in rows) / sum(LENGTHS)
+            path.write_text(json.dumps(results), encoding="utf-8")
+
+
+def test_bits_per_byte_are_tested_over_rows_by_what_each_adds(finished: StudyPlan) -> None:
+    write_row_bits(finished, file="test")
+    records = study_results(finished).to_dict()["comparisons"]
+    for variant, seeds in (("cma_ga", (0, 1)), ("sft", (0, 1, 2))):
+        found = one(records, variant=variant, metric="bits_per_byte", scope="test")
+        added = [
+            fmean(row_bits(variant, s, row) - row_bits("cma", s, row) for s in seeds) / sum(LENGTHS)
+            for row in range(len(LENGTHS))
+        ]
+        assert sum(added) == pytest.approx(found["difference"])
+        sums = [
+            abs(sum(sign * value for sign, value in zip(signs, added, strict=True)))
+            for signs in itertools.product([1, -1], repeat=len(added))
+        ]
+        assert found["examples_num"] == len(LENGTHS)
+        assert found["examples_p_value"] == sum(value >= abs(sum(added)) - 1e-9 for value in sums) / len(sums)
+        assert found["examples_low"] < found["difference"] < found["examples_high"]
+    assert one(records, variant="sft", metric="bits_per_byte", scope="third")["examples_p_value"] is None
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "other bytes", "no bytes", "no number"])
+def test_bits_of_other_or_damaged_rows_are_left_out(finished: StudyPlan, damage: str) -> None:
+    write_row_bits(finished, file="test")
+    path = finished.runs[0].folder / "evaluation" / "bits" / "test.jsonl"  # cma, seed 0
+    lines = path.read_text(encoding="utf-8")
+    if damage == "missing":
+        path.unlink()
+    else:
+        changes = {
+            "torn": lines[:-5],
+            "other bytes": lines.replace('"num_bytes": 25', '"num_bytes": 24'),
+            "no bytes": re.sub(r'"num_bytes": \d+', '"num_bytes": 0', lines),
+            "no number": lines.replace('"num_bytes": 25', '"num_bytes": "25"'),
+        }
+        path.write_text(changes[damage], encoding="utf-8")
+    found = one(study_results(finished).to_dict()["comparisons"], variant="sft", metric="bits_per_byte", scope="test")
+    assert found["examples_p_value"] is None
+    assert found["seeds_p_value"] is not None
+
+
+def test_bits_per_byte_without_rows_have_seeds_only(finished: StudyPlan) -> None:
     found = one(study_results(finished).to_dict()["comparisons"], variant="sft", metric="bits_per_byte", scope="test")
     assert found["difference"] == pytest.approx(0.10)
     assert found["examples_p_value"] is found["examples_num"] is found["seeds_needed"] is None

@@ -87,7 +87,7 @@ class Comparison:
         difference: variant minus baseline; for bits per byte less is better.
         std: of the differences over seeds (n - 1).
         over_seeds: would it hold for another training?
-        over_examples: would these models differ on other prompts? None for bits per byte and without predictions.
+        over_examples: would these models differ on other prompts? None without scores of every example.
         effect: standardised difference over seeds.
         num_comparisons: those that Holm's correction is over, of the same metric and scope, this one among them.
         seeds_needed: training seeds to see a difference of 0.37 ROUGE-L at this ``std`` and the level of Holm's first
@@ -238,9 +238,7 @@ def _comparison(
     differences = [ours[seed] - theirs[seed] for seed in seeds]
     over_seeds = _tested([differences])
     assert over_seeds is not None, "there is at least one seed"
-    groups = None
-    if metric != "bits_per_byte":
-        groups = examples.differences(variant, baseline, seeds=seeds, files=scope.files, metric=metric)
+    groups = examples.differences(variant, baseline, seeds=seeds, files=scope.files, metric=metric)
     spread = mean_std(differences)
     needed = None
     if metric == "rouge_l" and spread.std:
