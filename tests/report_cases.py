@@ -246,7 +246,7 @@ def _rename(record: dict[str, Any], plan: StudyPlan) -> None:
     record["variants"] = list(names.values())
     for part in ("runs", "scores", "summaries", "comparisons"):
         for row in record[part]:
-            row["variant"] = names[row["variant"]]
+            row |= {key: names[row[key]] for key in ("variant", "baseline") if key in row}
             if row.get("scope") == "test":
                 row["scope"] = HOSTILE
     for run in record["runs"]:

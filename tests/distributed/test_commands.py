@@ -15,7 +15,7 @@ import data_parallel_cases as cases
 from vocabridge import cli
 
 PREDICTIONS = [f"predictions/rows.seed{seed}.jsonl" for seed in (10, 20)]
-EVALUATION_FILES = [*PREDICTIONS, "bits/rows.json", "manifest.json", "results.json"]
+EVALUATION_FILES = [*PREDICTIONS, "bits/rows.json", "bits/rows.jsonl", "manifest.json", "results.json"]
 
 
 def alone(words, monkeypatch):
@@ -170,7 +170,7 @@ def test_distillation_evaluates_on_both_ranks_and_speaks_once(two_processes, tmp
     words = ["evaluate", str(run), "--data", str(two_processes.folder / "rows.jsonl"), "--seeds", "10"]
     words += ["--max-new-tokens", "6", "--batch-size", "2", "--output-dir", str(tmp_path / "alone")]
     alone(words, monkeypatch)
-    for name in (PREDICTIONS[0], "bits/rows.json"):
+    for name in (PREDICTIONS[0], "bits/rows.json", "bits/rows.jsonl"):
         assert (run / "evaluation" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 

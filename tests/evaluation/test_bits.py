@@ -11,7 +11,7 @@ from tiny_models import tiny_gpt2, tiny_llama
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from vocabridge.errors import UserError
-from vocabridge.evaluation.bits import reference_bits
+from vocabridge.evaluation.bits import ReferenceBits, row_bits
 from vocabridge.text import Example, Message
 
 
@@ -24,6 +24,13 @@ EXAMPLES = [
     _example("Say hello in two scripts, please, and be quick about it.\n", "h\u00e9llo \u4f60\u597d \U0001f600"),
     _example("?\n", "one two three four five six seven eight nine ten"),
 ]
+
+
+def reference_bits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: list[Example], **settings: int
+) -> ReferenceBits:
+    """The sums over all rows."""
+    return ReferenceBits.of(row_bits(model, tokenizer, examples, **settings), len(examples))
 
 
 def _direct(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, example: Example) -> float:
@@ -50,6 +57,16 @@ def test_bits_are_those_of_every_response_token_and_the_end_token(
     num_bytes = 6 + len("h\u00e9llo \u4f60\u597d \U0001f600".encode()) + 48
     assert (found.num_bytes, found.num_cut, found.num_skipped) == (num_bytes, 0, 0)
     assert found.per_byte == found.bits / num_bytes
+
+
+def test_every_row_has_its_own_bits(tiny_bpe_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_llama(len(tiny_bpe_tokenizer))
+    too_long = _example("word " * 100, "yes")
+    rows = row_bits(model, tiny_bpe_tokenizer, [EXAMPLES[0], too_long, *EXAMPLES[1:]], max_length=80, batch_size=2)
+    expected = [_direct(model, tiny_bpe_tokenizer, example) for example in EXAMPLES]
+    assert [row.bits for row in rows] == pytest.approx(expected, rel=1e-6)
+    assert [row.num_bytes for row in rows] == [len(example.response.encode()) for example in EXAMPLES]
+    assert [row.source for row in rows] == ["test"] * 3
 
 
 def test_a_uniform_model_pays_the_logarithm_of_its_vocabulary_for_each_token(

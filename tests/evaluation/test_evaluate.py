@@ -73,6 +73,31 @@ def test_scores_are_those_of_the_stored_predictions(run: Run, tmp_path: Path) ->
     assert dev.rouge_l.std == pytest.approx(statistics.stdev(means))
 
 
+def test_bits_of_every_row_add_up_to_those_of_the_file(run: Run, tmp_path: Path) -> None:
+    dev = run(tmp_path).files[0]
+    rows = [json.loads(line) for line in (tmp_path / "bits" / "dev.jsonl").read_text("utf-8").splitlines()]
+    predictions = (tmp_path / "predictions" / "dev.seed10.jsonl").read_text("utf-8").splitlines()
+    assert [row["source"] for row in rows] == [json.loads(line)["source"] for line in predictions]
+    assert [row["num_bytes"] for row in rows] == [len(row["response"][0]) for row in DEV]
+    assert sum(row["bits"] for row in rows) / sum(row["num_bytes"] for row in rows) == pytest.approx(dev.bits_per_byte)
+
+
+def test_an_evaluation_from_before_rows_had_bits_goes_on(run: Run, tmp_path: Path) -> None:
+    first = run(tmp_path)
+    for path in (tmp_path / "bits").glob("*.jsonl"):
+        path.unlink()
+    assert run(tmp_path) == first
+
+
+def test_bits_killed_between_rows_and_sums_are_computed_again(run: Run, tmp_path: Path) -> None:
+    run(tmp_path)
+    before = _files(tmp_path)
+    (tmp_path / "bits" / "dev.json").unlink()
+    (tmp_path / "bits" / "dev.jsonl").write_text("torn")
+    run(tmp_path)
+    assert _files(tmp_path) == before
+
+
 def test_results_file_and_table_show_every_file_and_both_averages(run: Run, tmp_path: Path) -> None:
     result = run(tmp_path, files={**FILES, "third": OTHER[:3]})
     stored = json.loads((tmp_path / "results.json").read_text("utf-8"))
@@ -143,7 +168,7 @@ def test_a_finished_evaluation_generates_nothing_and_further_seeds_only_add(
 
     with monkeypatch.context() as patch:
         patch.setattr(TransformersEngine, "generate", refuse)
-        patch.setattr(evaluation, "reference_bits", refuse)
+        patch.setattr(evaluation, "row_bits", refuse)
         assert run(tmp_path) == first
     more = run(tmp_path, seeds=(10, 20, 30))
     assert more.files[0].seeds == (*first.files[0].seeds, *third.files[0].seeds)

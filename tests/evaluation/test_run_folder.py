@@ -41,7 +41,7 @@ def test_a_torn_tail_is_cut_off_before_more_is_written(tmp_path: Path, tail: byt
 
 
 def test_the_same_evaluation_may_go_on_and_gain_files(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "run", MANIFEST).save_bits("dev", {"bits": 1.5})
+    RunFolder(tmp_path / "run", MANIFEST).save_bits("dev", {"bits": 1.5}, rows=[{"bits": 1.5}])
     more = Manifest("m1", MANIFEST.settings, {"test": "d2"})
     folder = RunFolder(tmp_path / "run", more)
     assert folder.load_bits("dev") == {"bits": 1.5}

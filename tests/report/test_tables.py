@@ -59,6 +59,17 @@ def test_results_hold_mean_deviation_and_difference(report: Report, index: int, 
     assert set(texts(table)[0][4:]) == {"\u2013"}
 
 
+def test_a_variant_with_a_baseline_of_its_own(tmp_path: Path) -> None:
+    path = report_cases.finished_study(tmp_path)
+    path.write_text(path.read_text(encoding="utf-8") + "baselines: {sft: cma_ga}\n", encoding="utf-8")
+    report = collect(path)
+    found = results(report)
+    assert [row[0] for row in texts(found.averages[0])] == ["cma (baseline)", "cma_ga", "sft (against cma_ga)"]
+    assert found.charts[0].title == "ROUGE-L against cma (sft against cma_ga)"
+    ours, theirs = (scores(report, variant, "rouge_l", "in_domain") for variant in ("sft", "cma_ga"))
+    assert found.charts[0].figure["data"][0]["x"][3:] == pytest.approx(np.subtract(ours, theirs), rel=1e-4)
+
+
 def test_every_metric_has_both_averages_and_both_files(report: Report) -> None:
     found = results(report)
     assert len(found.averages) == 6

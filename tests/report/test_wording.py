@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,21 @@ def test_no_verdict_without_significance_over_seeds() -> None:
     assert "cannot give a p below 0.25" in found.text
     assert "p < 0.001 over examples" in found.text
     assert "says nothing about another training" in found.text
-    assert "A difference of 0.37 would need 5 seeds." in found.text
+    assert "A difference of 0.37 would need 5 seeds (to be seen with probability 0.8 at 0.05, with" in found.text
+
+
+def test_what_so_few_seeds_can_give_is_told_after_correction() -> None:
+    six = comparison(seeds_p_holm=0.25, seeds_smallest_p=0.03125)
+    assert "cannot give" not in sentence(six, "cma", POWER).text
+    nine = six.model_copy(update={"num_comparisons": 9})
+    assert "So few seeds and 9 comparisons cannot give a p below 0.281." in sentence(nine, "cma", POWER).text
+    three = nine.model_copy(update={"seeds_smallest_p": 0.25})
+    assert "cannot give a p below 1." in sentence(three, "cma", POWER).text
+
+
+def test_the_seeds_needed_are_told_with_their_level() -> None:
+    text = sentence(comparison(seeds_p_holm=0.25, seeds_needed=41, num_comparisons=9), "cma", POWER).text
+    assert "would need 41 seeds (to be seen with probability 0.8 at 0.05 / 9 comparisons, with the spread" in text
 
 
 def test_exactly_the_level_is_no_verdict() -> None:
@@ -91,6 +106,16 @@ def test_summary_of_a_study(tmp_path: Path) -> None:
     assert "test (in domain) and other (out of domain) with 2 sampling seeds" in text
     assert [(each.variant, each.metric) for each in found.main] == [("cma_ga", "rouge_l"), ("sft", "rouge_l")] * 2
     assert len(found.other) == 8
+
+
+def test_every_comparison_names_its_own_baseline(tmp_path: Path) -> None:
+    path = report_cases.finished_study(tmp_path)
+    path.write_text(path.read_text(encoding="utf-8") + "baselines: {sft: cma_ga}\n", encoding="utf-8")
+    report = collect(path)
+    found = summary(report)
+    assert "compares cma_ga against the baseline cma, sft against cma_ga, each trained" in " ".join(found.introduction)
+    said = {(each.variant, re.split(r" (?:than|from) ", each.text)[1].split()[0]) for each in found.main + found.other}
+    assert said == {("cma_ga", "cma"), ("sft", "cma_ga")}
 
 
 def test_summary_of_an_unfinished_study(tmp_path: Path) -> None:

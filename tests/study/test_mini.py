@@ -88,6 +88,7 @@ def test_the_study_file_is_one(prepare: ModuleType, tmp_path: Path, monkeypatch:
         "dskd_cma_ga_unmasked": {"positions": "all"},
         "dskd_cma_ga_weight_1": {"matching_weight": 1.0},
     }, "each changes one thing and nothing else"
+    assert {plan.baseline_of(name) for name in ablations if name != plan.baseline} == {"dskd_cma_ga"}
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,13 @@ def test_every_variant_with_every_seed(write_study: WriteStudy) -> None:
         assert run.recipe.evaluation.seeds == (10, 20)
 
 
+def test_a_variant_may_be_compared_with_another_than_the_baseline(write_study: WriteStudy) -> None:
+    plan, other = load_study(write_study()), load_study(write_study(baselines={"sft": "cma_ga"}))
+    assert [plan.baseline_of(variant) for variant in plan.variants] == ["cma", "cma", "cma"]
+    assert [other.baseline_of(variant) for variant in plan.variants] == ["cma", "cma", "cma_ga"]
+    assert [run.recipe for run in plan.runs] == [run.recipe for run in other.runs]
+
+
 def test_variants_change_what_they_name_and_nothing_else(write_study: WriteStudy) -> None:
     runs = {run.variant: run.recipe.values() for run in load_study(write_study(seeds=[0])).runs}
     changed = {
@@ -92,6 +99,15 @@ def test_the_evaluation_is_laid_over_that_of_the_base(write_study: WriteStudy) -
             {"baseline": "cma_gan"},
             r"study\.yaml:3: baseline is 'cma_gan', which is no variant; did you mean 'cma_ga'",
         ),
+        (
+            {"baselines": {"cma_gan": "cma"}},
+            r"study\.yaml:\d+: baselines\.cma_gan is for 'cma_gan', which is no variant; did you mean 'cma_ga'",
+        ),
+        (
+            {"baselines": {"sft": "cma_gan"}},
+            r"study\.yaml:\d+: baselines\.sft is 'cma_gan', which is no variant; did you mean 'cma_ga'\? Known: cma, ",
+        ),
+        ({"baselines": {"sft": "sft"}}, r"study\.yaml:\d+: baselines\.sft is the variant itself; name the one"),
         ({"seeds": [0, 1, 0]}, r"study\.yaml:4: seeds is refused: 0 is given twice"),
         ({"seeds": []}, r"seeds must be given"),
         ({"seeds": [0, "x"]}, r"study\.yaml:6: seeds\[1\] must be a whole number, but 'x' was given"),

@@ -191,13 +191,26 @@ def test_power_agrees_with_scipy_and_with_simulation() -> None:
 
 
 def test_seeds_needed_at_the_edges() -> None:
-    assert seeds_needed(0.37, 0.0) == seeds_needed(0.37, 1e-14) == 2
+    assert seeds_needed(0.37, 0.0) == seeds_needed(0.37, 1e-14) == 6
     assert seeds_needed(0.001, 1.0) is None
     found = seeds_needed(0.37, 0.5)
     assert found is not None
     assert (
         power_of_paired_test(0.37, 0.5, num_pairs=found) >= 0.8 > power_of_paired_test(0.37, 0.5, num_pairs=found - 1)
     )
+
+
+@pytest.mark.parametrize("num_comparisons", [1, 2, 9, 40])
+def test_seeds_needed_are_enough_for_the_test_that_decides(num_comparisons: int) -> None:
+    """However clear the difference: with one seed less no sign-flip test of so many comparisons is significant."""
+    num = seeds_needed(100.0, 1.0, alpha=0.05 / num_comparisons)
+    assert num is not None
+    p_holm = [
+        holm([found.p_value] + [1.0] * (num_comparisons - 1))[0]
+        for seeds in (num - 1, num)
+        if (found := sign_flip_test([[1.0] * seeds])) is not None
+    ]
+    assert p_holm[0] >= 0.05 > p_holm[1]
 
 
 def test_the_number_of_resamples_keeps_five_seeds_exact() -> None:

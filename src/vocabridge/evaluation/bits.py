@@ -29,6 +29,22 @@ from .generation import inference, length_buckets
 
 
 @dataclass(frozen=True, slots=True)
+class RowBits:
+    """What a model pays for the reference of one row; fields as in :class:`ReferenceBits`.
+
+    Attributes:
+        source: where the row came from (``test.jsonl:12``).
+        cut: it was cut to the context.
+    """
+
+    source: str
+    bits: float
+    num_bytes: int
+    num_tokens: int
+    cut: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ReferenceBits:
     """What a model pays for the references of a file.
 
@@ -46,13 +62,24 @@ class ReferenceBits:
     num_cut: int
     num_skipped: int
 
+    @classmethod
+    def of(cls, rows: Sequence[RowBits], num_examples: int) -> ReferenceBits:
+        """The sums over the rows that fit, of so many."""
+        return cls(
+            bits=math.fsum(row.bits for row in rows),
+            num_bytes=sum(row.num_bytes for row in rows),
+            num_tokens=sum(row.num_tokens for row in rows),
+            num_cut=sum(row.cut for row in rows),
+            num_skipped=num_examples - len(rows),
+        )
+
     @property
     def per_byte(self) -> float:
         """Bits per UTF-8 byte."""
         return self.bits / self.num_bytes
 
 
-def reference_bits(
+def row_bits(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
@@ -62,8 +89,8 @@ def reference_bits(
     batch_size: int = 16,
     on_batch: Callable[[int], None] = lambda num_rows: None,
     ranks: Ranks | None = None,
-) -> ReferenceBits:
-    """Bits of the examples' responses under the model; batch size and padding change rounding only.
+) -> list[RowBits]:
+    """Bits of the examples' responses under the model, row by row; batch size and padding change rounding only.
 
     Args:
         model: a causal language model; its dtype and device are kept, log-probabilities are taken in float32.
@@ -75,41 +102,48 @@ def reference_bits(
         on_batch: called with the number of rows after each forward pass.
         ranks: the processes that share the batches; all get the result.
 
+    Returns:
+        Rows whose prompt leaves no room for a response, or that no token stands for, are not among them.
+
     Raises:
         UserError: no row fits, or the model gives a probability that is no number.
     """
     tokenize = PairTokenizer(tokenizer, student_template=template, max_length=max_length)
-    pairs = [tokenize(example) for example in examples]
-    sides = [pair.student for pair in pairs if pair is not None]
+    pairs = [(example.source, pair) for example in examples if (pair := tokenize(example)) is not None]
+    sides = [pair.student for _, pair in pairs]
     if not sides:
         raise UserError(f"no prompt leaves room for a response within {max_length} tokens, the context of the model.")
     vocab_size = vocabulary_size(tokenizer)
     batches = length_buckets([len(side.input_ids) for side in sides], batch_size)
 
-    def log_prob(indices: Sequence[int]) -> float:
-        return _log_prob(model, [sides[index] for index in indices], vocab_size=vocab_size)
+    def log_probs(indices: Sequence[int]) -> list[float]:
+        return _log_probs(model, [sides[index] for index in indices], vocab_size=vocab_size)
 
     ranks = ranks or Ranks()
-    log_probs = [0.0] * len(batches)
-    for place, value in ranks.spread(batches, log_prob):
-        log_probs[place] = value
+    known = [0.0] * len(sides)
+    for place, values in ranks.spread(batches, log_probs):
+        for index, value in zip(batches[place], values, strict=True):
+            known[index] = value
         on_batch(len(batches[place]))
-    nats = ranks.on_first(lambda: -sum(log_probs))  # in the order of the batches, whoever had them
-    if not math.isfinite(nats):
+    per_row = ranks.on_first(lambda: known)
+    if not all(map(math.isfinite, per_row)):
         raise UserError(
             "the model gives the references a log-probability that is no finite number; its weights are broken."
         )
-    return ReferenceBits(
-        bits=nats / math.log(2),
-        num_bytes=sum(int(side.spans[:, 1].max()) for side in sides),
-        num_tokens=sum(len(side.spans) for side in sides),
-        num_cut=sum(pair.truncated for pair in pairs if pair is not None),
-        num_skipped=len(pairs) - len(sides),
-    )
+    return [
+        RowBits(
+            source,
+            bits=-log_prob / math.log(2),
+            num_bytes=int(pair.student.spans[:, 1].max()),
+            num_tokens=len(pair.student.spans),
+            cut=pair.truncated,
+        )
+        for (source, pair), log_prob in zip(pairs, per_row, strict=True)
+    ]
 
 
-def _log_prob(model: PreTrainedModel, sides: Sequence[TokenizedSide], *, vocab_size: int) -> float:
-    """Natural log-probability of all supervised tokens of one batch."""
+def _log_probs(model: PreTrainedModel, sides: Sequence[TokenizedSide], *, vocab_size: int) -> list[float]:
+    """Natural log-probability of the supervised tokens of each row of one batch."""
     rows = [torch.tensor(side.input_ids) for side in sides]
     with inference(model):
         side = forward_side(
@@ -127,7 +161,7 @@ def _log_prob(model: PreTrainedModel, sides: Sequence[TokenizedSide], *, vocab_s
             logit_scale=side.head.logit_scale,
         )
         log_probs = token_log_probs(head, side.labels)
-    return math.fsum(log_probs.tolist())
+    return [math.fsum(row.tolist()) for row in log_probs.split([len(side.spans) for side in sides])]
 
 
 def _right_padded(rows: Sequence[Tensor], value: int) -> Tensor:

@@ -16,7 +16,7 @@ from ..models.spec import Engine, ModelSpec
 from ..prompts import Template
 from ..ranks import Ranks
 from ..text import Example
-from .bits import ReferenceBits, reference_bits
+from .bits import ReferenceBits, row_bits
 from .engine import Generation, GenerationEngine, GenerationSettings, engine_settings
 from .metrics import percentage, score_example
 from .plan import PAPER_SEEDS, DataFile, DataFiles, EvaluationPlan, plan_evaluation
@@ -213,7 +213,7 @@ def _file_bits(
         except TypeError as error:
             raise damaged(folder.bits_path(file.name), error) from error
     task = progress.add_task(f"{file.name}: bits per byte", total=len(file.examples))
-    bits = reference_bits(
+    rows = row_bits(
         model,
         responder.tokenizer,
         file.examples,
@@ -223,8 +223,9 @@ def _file_bits(
         on_batch=lambda num_rows: progress.advance(task, num_rows),
         ranks=ranks,
     )
+    bits = ReferenceBits.of(rows, len(file.examples))
     if ranks.is_first:
-        folder.save_bits(file.name, asdict(bits))
+        folder.save_bits(file.name, asdict(bits), rows=map(asdict, rows))
     return bits
 
 

@@ -5,6 +5,7 @@
     manifest.json                   what the files beside it were made from: model, settings, data
     predictions/NAME.seed10.jsonl   one line an example, in the order of the file
     bits/NAME.json                  bits of the reference responses
+    bits/NAME.jsonl                 the same row by row, in the order of the file; not there in older folders
     results.json
 
 While a file is being generated its lines go to ``NAME.seed10.jsonl.partial`` in the order of the batches. After a kill
@@ -139,8 +140,9 @@ class RunFolder:
             raise damaged(path, error) from error
         return found
 
-    def save_bits(self, name: str, bits: Mapping[str, Any]) -> None:
-        """Keep the bits of a data file."""
+    def save_bits(self, name: str, bits: Mapping[str, Any], *, rows: Iterable[Record]) -> None:
+        """Keep the bits of a data file, the sums last, so that they are never there without the rows."""
+        write_in_one_piece(self.path / _BITS / f"{name}.jsonl", "".join(map(_line, rows)))
         write_in_one_piece(self.bits_path(name), json.dumps(bits) + "\n")
 
     def save_results(self, text: str) -> None:

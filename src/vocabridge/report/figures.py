@@ -41,7 +41,7 @@ class VariantCurves:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One variant against the baseline in one domain, with the differences seed by seed."""
+    """One variant against its baseline in one domain, with the differences seed by seed."""
 
     variant: str
     domain: str
@@ -87,7 +87,7 @@ def curve_figure(
 
 
 def difference_figure(parts: Sequence[Difference], variants: Sequence[str], *, unit: str) -> Figure:
-    """Differences from the baseline: mean with interval, filled in domain, open out of domain; a tick a seed."""
+    """Differences from the baselines: mean with interval, filled in domain, open out of domain; a tick a seed."""
     traces = []
     for domain, symbol, shift in (("in", "circle", 0.16), ("out", "circle-open", -0.16)):
         own = [part for part in parts if part.domain == domain]

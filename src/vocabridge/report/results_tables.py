@@ -1,4 +1,4 @@
-"""Scores of all variants with their tests against the baseline; of a single run, its own evaluation."""
+"""Scores of all variants with their tests against their baselines; of a single run, its own evaluation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .collect import Report, Run
 from .figures import Difference, difference_figure
 from .study_record import AVERAGES, ComparisonRecord, Metric, StudyRecord, SummaryRecord
 from .view import MISSING, Cell, Chart, Table, number, with_interval, words
-from .wording import ALPHA, METRIC_TITLES, digits, p_value, scope_title
+from .wording import ALPHA, METRIC_TITLES, against_others, digits, p_value, scope_title
 
 _UNITS: Mapping[Metric, str] = {
     "rouge_l": "ROUGE-L points",
@@ -56,7 +56,7 @@ def _table(study: StudyRecord, metric: Metric, *, scope: str, domain: str) -> Ta
     rows = []
     for variant in study.variants:
         if variant in summaries:
-            row = _summary_cells(summaries[variant], is_baseline=variant == study.baseline)
+            row = [words(_title(study, variant)), *_summary_cells(summaries[variant])]
             row += _comparison_cells(comparisons.get(variant), metric, with_power=with_power)
             rows.append(tuple(row))
     caption = f"{METRIC_TITLES[metric][0].upper()}{METRIC_TITLES[metric][1:]}, {scope_title(scope, domain)}"
@@ -64,7 +64,13 @@ def _table(study: StudyRecord, metric: Metric, *, scope: str, domain: str) -> Ta
     return Table(caption + unit, tuple(headings), tuple(rows))
 
 
-def _summary_cells(summary: SummaryRecord, *, is_baseline: bool) -> list[Cell]:
+def _title(study: StudyRecord, variant: str) -> str:
+    if (baseline := study.baseline_of(variant)) != study.baseline:
+        return f"{variant} (against {baseline})"
+    return f"{variant} (baseline)" if variant == study.baseline else variant
+
+
+def _summary_cells(summary: SummaryRecord) -> list[Cell]:
     places = digits(summary.metric)
     deviation = "" if summary.std is None else f" \u00b1 {summary.std:.{places}f}"
     if summary.low is None or summary.high is None:
@@ -72,7 +78,6 @@ def _summary_cells(summary: SummaryRecord, *, is_baseline: bool) -> list[Cell]:
     else:
         interval = Cell(f"{summary.low:.{places}f} to {summary.high:.{places}f}", summary.low)
     return [
-        words(f"{summary.variant} (baseline)" if is_baseline else summary.variant),
         number(len(summary.seeds), "{}"),
         Cell(f"{summary.mean:.{places}f}{deviation}", summary.mean),
         interval,
@@ -117,6 +122,8 @@ def _difference_charts(study: StudyRecord) -> list[Chart]:
             variants = [variant for variant in study.variants if variant in {part.variant for part in parts}]
             figure = difference_figure(parts, variants, unit=_UNITS[metric])
             heading = f"{title[0].upper()}{title[1:]} against {study.baseline}"
+            if others := against_others(study):
+                heading += f" ({', '.join(others)})"
             caption = "Filled: in domain; open: out of domain. Bar: 95 % interval over seeds; small ticks: seeds."
             charts.append(Chart(f"difference-{metric}", heading, caption, figure))
     return charts
@@ -127,7 +134,7 @@ def _by_seed(study: StudyRecord, comparison: ComparisonRecord) -> dict[int, floa
     for score in study.scores:
         if (score.metric, score.scope) == (comparison.metric, comparison.scope):
             values.setdefault(score.variant, {})[score.seed] = score.value
-    ours, theirs = values.get(comparison.variant, {}), values.get(study.baseline, {})
+    ours, theirs = values.get(comparison.variant, {}), values.get(study.baseline_of(comparison.variant), {})
     return {seed: ours[seed] - theirs[seed] for seed in comparison.seeds if seed in ours and seed in theirs}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Metric = Literal["rouge_l", "exact_match", "bits_per_byte"]
 Domain = Literal["in", "out"]
@@ -57,12 +57,13 @@ class SummaryRecord(_Cell):
 
 
 class ComparisonRecord(_Cell):
-    """One variant against the baseline; see :class:`vocabridge.study.results.Comparison`."""
+    """One variant against its baseline; see :class:`vocabridge.study.results.Comparison`."""
 
     seeds: tuple[int, ...]
     difference: float
     std: float | None
     hedges_gz: float | None
+    num_comparisons: int = 1
     seeds_needed: int | None
     seeds_low: float | None
     seeds_high: float | None
@@ -76,6 +77,8 @@ class Power(_Record):
     """The difference for which the number of seeds is worked out."""
 
     difference: float
+    alpha: float = 0.05
+    power: float = 0.8
 
 
 class StudyRecord(_Record):
@@ -83,6 +86,7 @@ class StudyRecord(_Record):
 
     study: str
     baseline: str
+    baselines: dict[str, str] = Field(default_factory=dict)
     variants: tuple[str, ...]
     seeds: tuple[int, ...]
     power: Power
@@ -90,6 +94,10 @@ class StudyRecord(_Record):
     scores: tuple[ScoreRecord, ...]
     summaries: tuple[SummaryRecord, ...]
     comparisons: tuple[ComparisonRecord, ...]
+
+    def baseline_of(self, variant: str) -> str:
+        """What the variant is compared with; the study's baseline is its own."""
+        return self.baselines.get(variant, self.baseline)
 
     @field_validator("runs")
     @classmethod

@@ -70,7 +70,7 @@ def summary(report: Report) -> Summary:
         )
         return Summary((text, "A single run shows no spread over seeds; 'vocabridge study' compares variants."), (), ())
     sentences = [
-        sentence(comparison, study.baseline, study.power)
+        sentence(comparison, study.baseline_of(comparison.variant), study.power)
         for comparison in study.comparisons
         if comparison.scope in AVERAGES
     ]
@@ -82,14 +82,12 @@ def summary(report: Report) -> Summary:
 
 
 def _introduction(report: Report, study: StudyRecord) -> tuple[str, ...]:
-    others = [variant for variant in study.variants if variant != study.baseline]
-    compared = f"{listed(others)} against the baseline {study.baseline}" if others else study.baseline
     states = Counter(run.state for run in study.runs)
     done = states.pop("done", 0)
     unfinished = ", ".join(f"{count} {state}" for state, count in states.items())
     rest = f" ({unfinished})" if unfinished else ""
     lines = [
-        f"This study compares {compared}, each trained with {_count(len(study.seeds), 'training seed')}.",
+        f"This study compares {_compared(study)}, each trained with {_count(len(study.seeds), 'training seed')}.",
         f"{done} of {_count(len(study.runs), 'run')} {'is' if done == 1 else 'are'} done{rest}.",
     ]
     if scopes := _measured_on(study):
@@ -97,6 +95,22 @@ def _introduction(report: Report, study: StudyRecord) -> tuple[str, ...]:
     if done < len(study.runs):
         lines.append("Everything below is what is known so far.")
     return tuple(lines)
+
+
+def _compared(study: StudyRecord) -> str:
+    """Who with whom: ``sft and uld against the baseline cma, cma_ga_frozen against cma_ga``."""
+    others = [variant for variant in study.variants if study.baseline_of(variant) == study.baseline != variant]
+    first = [f"{listed(others)} against the baseline {study.baseline}" if others else study.baseline]
+    return ", ".join([*first, *against_others(study)])
+
+
+def against_others(study: StudyRecord) -> list[str]:
+    """The variants that are compared with another one than the study's baseline: ``a and b against c``."""
+    groups: dict[str, list[str]] = {}
+    for variant in study.variants:
+        if (baseline := study.baseline_of(variant)) != study.baseline:
+            groups.setdefault(baseline, []).append(variant)
+    return [f"{listed(variants)} against {baseline}" for baseline, variants in groups.items()]
 
 
 def _measured_on(study: StudyRecord) -> str:
@@ -141,8 +155,10 @@ def sentence(comparison: ComparisonRecord, baseline: str, power: Power) -> Sente
 
 def _what_would_tell(comparison: ComparisonRecord, power: Power) -> str:
     added = ""
-    if comparison.seeds_smallest_p > ALPHA:
-        added += f" So few seeds cannot give a p below {comparison.seeds_smallest_p:.3g}."
+    smallest = min(1.0, comparison.num_comparisons * comparison.seeds_smallest_p)  # Holm's first step
+    if smallest > ALPHA:
+        several = f" and {comparison.num_comparisons} comparisons" if comparison.num_comparisons > 1 else ""
+        added += f" So few seeds{several} cannot give a p below {smallest:.3g}."
     if comparison.examples_p_holm is not None and comparison.examples_p_holm < ALPHA:
         sure = p_value(comparison.examples_p_holm, sign=True)
         added += (
@@ -150,7 +166,11 @@ def _what_would_tell(comparison: ComparisonRecord, power: Power) -> str:
             "nothing about another training."
         )
     if comparison.seeds_needed is not None:
-        added += f" A difference of {power.difference:g} would need {_count(comparison.seeds_needed, 'seed')}."
+        shared = f" / {comparison.num_comparisons} comparisons" if comparison.num_comparisons > 1 else ""
+        added += (
+            f" A difference of {power.difference:g} would need {_count(comparison.seeds_needed, 'seed')} (to be seen "
+            f"with probability {power.power:g} at {power.alpha:g}{shared}, with the spread of these seeds)."
+        )
     return added
 
 

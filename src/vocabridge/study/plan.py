@@ -5,6 +5,7 @@
     base: recipes/quickstart.yaml        # a recipe's file, or its sections written here
     output_dir: build/ablation           # relative to the current folder, as in a recipe
     baseline: dskd_cma
+    baselines: {dskd_cma_ga_frozen: dskd_cma_ga}   # optional: variants that are compared with another one
     seeds: [0, 1, 2, 3, 4]               # training seeds
     evaluation:                          # laid over the recipe's own section; the same for all variants
       data: [data/test.jsonl, data/self-instruct.jsonl]
@@ -12,6 +13,7 @@
     variants:                            # what each changes in the recipe, as overrides on the command line do
       dskd_cma: {objective.matching: none}
       dskd_cma_ga: {}
+      dskd_cma_ga_frozen: {objective.gan.train_discriminator: false}
       sft: {teacher: null, objective: {name: cross_entropy}}
 
 Imports no torch.
@@ -22,7 +24,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +55,8 @@ class StudySettings(Settings):
     """Folder of the study; each run has its own in ``runs/VARIANT/seedN``."""
     baseline: str
     """Variant that the others are compared with."""
+    baselines: dict[str, str] = Field(default_factory=dict)
+    """Variant -> the one that it is compared with instead, so that an ablation changes one thing and nothing else."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     """Training seeds; every variant is trained with each."""
     variants: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
@@ -101,6 +105,11 @@ class StudyPlan:
     variants: tuple[str, ...]
     seeds: tuple[int, ...]
     runs: tuple[PlannedRun, ...]
+    baselines: Mapping[str, str] = field(default_factory=dict)
+
+    def baseline_of(self, variant: str) -> str:
+        """What the variant is compared with; the study's baseline is its own."""
+        return self.baselines.get(variant, self.baseline)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +156,8 @@ def load_study(path: str | Path) -> StudyPlan:
         for seed in settings.seeds
         for variant in settings.variants
     )
-    return StudyPlan(file, folder, settings.baseline, tuple(settings.variants), settings.seeds, runs)
+    variants = tuple(settings.variants)
+    return StudyPlan(file, folder, settings.baseline, variants, settings.seeds, runs, settings.baselines)
 
 
 def run_folder(study_folder: Path, variant: str, seed: int) -> Path:
@@ -182,10 +192,19 @@ def _name_problems(settings: StudySettings) -> Iterator[Problem]:
     if len({name.lower() for name in settings.variants}) < len(settings.variants):
         yield Problem(("variants",), "has two names that differ in capitals only; some file systems take them for one.")
     if settings.baseline not in settings.variants:
-        text = (
-            f"is '{settings.baseline}', which is no variant{did_you_mean(settings.baseline, settings.variants) or '.'}"
-        )
-        yield Problem(("baseline",), f"{text} Known: {', '.join(settings.variants)}.")
+        yield Problem(("baseline",), f"is {_no_variant(settings.baseline, settings)}")
+    for name, baseline in settings.baselines.items():
+        if name not in settings.variants:
+            yield Problem(("baselines", name), f"is for {_no_variant(name, settings)}")
+        if baseline not in settings.variants:
+            yield Problem(("baselines", name), f"is {_no_variant(baseline, settings)}")
+        elif baseline == name:
+            yield Problem(("baselines", name), "is the variant itself; name the one that it is compared with.")
+
+
+def _no_variant(name: str, settings: StudySettings) -> str:
+    hint = did_you_mean(name, settings.variants) or "."
+    return f"'{name}', which is no variant{hint} Known: {', '.join(settings.variants)}."
 
 
 def _taken(settings: StudySettings) -> Iterator[Problem]:

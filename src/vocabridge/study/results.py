@@ -7,7 +7,7 @@ list as it is. ``version`` rises when a field changes its meaning.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from .statistics import (
 )
 from .status import RunStatus, current_status
 
-VERSION = 1
+VERSION = 2
 RESULTS_FILE = "study.json"
+ALPHA = 0.05
+"""Level of all comparisons of one metric and scope together (Holm)."""
 DIFFERENCE_TO_SEE = 0.37
 """ROUGE-L points: the difference for which the needed number of seeds is worked out."""
 
@@ -76,30 +78,40 @@ class Tested:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One variant against the baseline, paired over the training seeds that both have.
+    """One variant against its baseline, paired over the training seeds that both have.
 
     Attributes:
         variant, metric, scope: what is compared.
+        baseline: variant that it is compared with.
         seeds: training seeds that both have finished.
         difference: variant minus baseline; for bits per byte less is better.
         std: of the differences over seeds (n - 1).
         over_seeds: would it hold for another training?
-        over_examples: would these models differ on other prompts? None for bits per byte and without predictions.
+        over_examples: would these models differ on other prompts? None without scores of every example.
         effect: standardised difference over seeds.
-        seeds_needed: training seeds to see a difference of 0.37 ROUGE-L at this ``std``; None for other metrics, with
-            fewer than two seeds, or when 10,000 would not do.
+        num_comparisons: those that Holm's correction is over, of the same metric and scope, this one among them.
+        seeds_needed: training seeds to see a difference of 0.37 ROUGE-L at this ``std`` and the level of Holm's first
+            step, ``ALPHA / num_comparisons``; None for other metrics, with fewer than two seeds, or when 10,000 would
+            not do.
     """
 
     variant: str
     metric: Metric
     scope: Scope
+    baseline: str
     seeds: tuple[int, ...]
     difference: float
     std: float | None
     over_seeds: Tested
     over_examples: Tested | None
     effect: EffectSize | None
+    num_comparisons: int
     seeds_needed: int | None
+
+    @property
+    def smallest_p_holm(self) -> float:
+        """The least ``p_holm`` over seeds that so many seeds and comparisons can give: Holm's first step."""
+        return min(1.0, self.num_comparisons * self.over_seeds.test.smallest_p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +130,10 @@ class StudyResult:
             "version": VERSION,
             "study": str(self.plan.source),
             "baseline": self.plan.baseline,
+            "baselines": dict(self.plan.baselines),
             "variants": list(self.plan.variants),
             "seeds": list(self.plan.seeds),
-            "power": {"difference": DIFFERENCE_TO_SEE, "metric": "rouge_l", "alpha": 0.05, "power": 0.8},
+            "power": {"difference": DIFFERENCE_TO_SEE, "metric": "rouge_l", "alpha": ALPHA, "power": 0.8},
             "runs": [_run_record(run, status) for run, status in self.statuses.items()],
             "scores": [_score_record(score) for score in self.scores],
             "summaries": [_summary_record(summary) for summary in self.summaries],
@@ -192,44 +205,57 @@ def _comparisons(plan: StudyPlan, scores: Sequence[Score], examples: PairedExamp
         variants.setdefault(score.variant, {})[score.seed] = score.value
     for metric in METRICS:
         for (cell_metric, scope), variants in by_cell.items():
-            if cell_metric == metric and plan.baseline in variants:
-                baseline = variants.pop(plan.baseline)
+            if cell_metric == metric:
+                pairs = _pairs(plan, variants)
                 found = [
-                    _comparison(variant, metric, scope, values, baseline, plan.baseline, examples)
-                    for variant, values in variants.items()
-                    if values.keys() & baseline.keys()
+                    _comparison(pair, metric, scope, variants[pair[0]], variants[pair[1]], examples, len(pairs))
+                    for pair in pairs
                 ]
                 yield from _with_holm(found)
 
 
+def _pairs(plan: StudyPlan, variants: Mapping[str, Mapping[int, float]]) -> list[tuple[str, str]]:
+    """Every variant and its baseline, where they share a finished seed."""
+    pairs = [(variant, plan.baseline_of(variant)) for variant in variants]
+    return [
+        (variant, baseline)
+        for variant, baseline in pairs
+        if variant != baseline and variants[variant].keys() & variants.get(baseline, {}).keys()
+    ]
+
+
 def _comparison(
-    variant: str,
+    pair: tuple[str, str],
     metric: Metric,
     scope: Scope,
-    values: dict[int, float],
-    baseline: dict[int, float],
-    baseline_name: str,
+    ours: dict[int, float],
+    theirs: dict[int, float],
     examples: PairedExamples,
+    num_comparisons: int,
 ) -> Comparison:
-    seeds = tuple(sorted(values.keys() & baseline.keys()))
-    differences = [values[seed] - baseline[seed] for seed in seeds]
+    variant, baseline = pair
+    seeds = tuple(sorted(ours.keys() & theirs.keys()))
+    differences = [ours[seed] - theirs[seed] for seed in seeds]
     over_seeds = _tested([differences])
     assert over_seeds is not None, "there is at least one seed"
-    groups = None
-    if metric != "bits_per_byte":
-        groups = examples.differences(variant, baseline_name, seeds=seeds, files=scope.files, metric=metric)
+    groups = examples.differences(variant, baseline, seeds=seeds, files=scope.files, metric=metric)
     spread = mean_std(differences)
+    needed = None
+    if metric == "rouge_l" and spread.std:
+        needed = seeds_needed(DIFFERENCE_TO_SEE, spread.std, alpha=ALPHA / num_comparisons)
     return Comparison(
         variant=variant,
         metric=metric,
         scope=scope,
+        baseline=baseline,
         seeds=seeds,
         difference=spread.mean,
         std=spread.std,
         over_seeds=over_seeds,
         over_examples=_tested(groups) if groups else None,
         effect=effect_size(differences),
-        seeds_needed=seeds_needed(DIFFERENCE_TO_SEE, spread.std) if metric == "rouge_l" and spread.std else None,
+        num_comparisons=num_comparisons,
+        seeds_needed=needed,
     )
 
 
@@ -285,11 +311,13 @@ def _summary_record(summary: Summary) -> dict[str, Any]:
 def _comparison_record(comparison: Comparison) -> dict[str, Any]:
     return {
         **_cell(comparison),
+        "baseline": comparison.baseline,
         "seeds": list(comparison.seeds),
         "difference": comparison.difference,
         "std": comparison.std,
         "cohen_dz": comparison.effect and comparison.effect.cohen_dz,
         "hedges_gz": comparison.effect and comparison.effect.hedges_gz,
+        "num_comparisons": comparison.num_comparisons,
         "seeds_needed": comparison.seeds_needed,
         **_tested_fields("seeds", comparison.over_seeds),
         **_tested_fields("examples", comparison.over_examples),

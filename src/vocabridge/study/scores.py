@@ -94,14 +94,15 @@ def _scores(run: PlannedRun, results: Mapping[str, Any]) -> Iterator[Score]:
 
 @dataclass(frozen=True, slots=True)
 class ExampleScores:
-    """Scores of one file's examples under one run, in percent, sampling seeds averaged.
+    """Scores of one file's examples under one run; their mean is the file's score.
 
     Attributes:
-        sources: where each example came from (``test.jsonl:12``); two runs compare only over the same examples.
-        values: metric -> float64 ``[examples]``.
+        examples: what was scored: where each came from (``test.jsonl:12``), for bits per byte its bytes too; two runs
+            compare only over the same examples.
+        values: metric -> float64 ``[examples]``: percent with sampling seeds averaged, or bits per mean byte.
     """
 
-    sources: tuple[str, ...]
+    examples: tuple[object, ...]
     values: Mapping[Metric, np.ndarray]
 
 
@@ -111,7 +112,7 @@ def example_scores(run: PlannedRun, file: str) -> ExampleScores | None:
     assert settings is not None, "a study's recipes have an evaluation section"
     folder = results_file(run.folder).parent / "predictions"
     seeds = settings.seeds[:1] if settings.temperature == 0 else settings.seeds  # greedy decoding keeps the first
-    records = [_records(folder / f"{file}.seed{seed}.jsonl") for seed in seeds]
+    records = [_records(folder / f"{file}.seed{seed}.jsonl", numbers=METRICS[:2]) for seed in seeds]
     if any(rows is None for rows in records):
         return None
     per_seed = [rows for rows in records if rows is not None]
@@ -125,21 +126,35 @@ def example_scores(run: PlannedRun, file: str) -> ExampleScores | None:
     return ExampleScores(sources[0], values)
 
 
-def _records(path: Path) -> list[dict[str, Any]] | None:
-    """The lines of a prediction file; None when it is missing, torn or something else."""
+def example_bits(run: PlannedRun, file: str) -> ExampleScores | None:
+    """What every example of a file adds to its bits per byte under a finished run; None where rows are missing.
+
+    A row counts by its bits and not by its own bits per byte, in which a response of few bytes would weigh as much as a
+    long one: ``bits * examples / bytes of the file``, whose mean over examples is the file's bits per byte.
+    """
+    rows = _records(results_file(run.folder).parent / "bits" / f"{file}.jsonl", numbers=("bits", "num_bytes"))
+    if rows is None or not (num_bytes := sum(row["num_bytes"] for row in rows)):
+        return None
+    values = np.array([row["bits"] * len(rows) / num_bytes for row in rows])
+    return ExampleScores(tuple((str(row["source"]), row["num_bytes"]) for row in rows), {"bits_per_byte": values})
+
+
+def _records(path: Path, *, numbers: Sequence[str]) -> list[dict[str, Any]] | None:
+    """The lines of a file with a score a row; None when it is missing, torn or something else."""
     try:
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-        return rows if all({"source", *METRICS[:2]} <= row.keys() for row in rows) else None
-    except (OSError, ValueError, AttributeError):
+        whole = all("source" in row and all(isinstance(row[name], int | float) for name in numbers) for row in rows)
+        return rows if whole else None
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
 class PairedExamples:
-    """Example-level differences between two variants; reads each prediction file once."""
+    """Example-level differences between two variants; reads each file once."""
 
     def __init__(self, runs: Sequence[PlannedRun]) -> None:
         self._runs = {(run.variant, run.seed): run for run in runs}
-        self._cache: dict[tuple[str, int, str], ExampleScores | None] = {}
+        self._cache: dict[tuple[str, int, str, bool], ExampleScores | None] = {}
 
     def differences(
         self, variant: str, baseline: str, *, seeds: Sequence[int], files: Sequence[str], metric: Metric
@@ -147,23 +162,26 @@ class PairedExamples:
         """Variant minus baseline for every example of each file, averaged over training seeds.
 
         Returns:
-            Percent, one float64 ``[examples]`` a file; None where predictions are missing or over other examples.
+            One float64 ``[examples]`` a file, in the units of :class:`ExampleScores`; None where scores of examples are
+            missing or over other examples.
         """
         groups = []
         for file in files:
-            ours = [self._scores(variant, seed, file) for seed in seeds]
-            theirs = [self._scores(baseline, seed, file) for seed in seeds]
+            ours = [self._scores(variant, seed, file, metric) for seed in seeds]
+            theirs = [self._scores(baseline, seed, file, metric) for seed in seeds]
             there = [scores for scores in (*ours, *theirs) if scores is not None]
-            if len(there) < len(ours) + len(theirs) or len({scores.sources for scores in there}) != 1:
+            if len(there) < len(ours) + len(theirs) or len({scores.examples for scores in there}) != 1:
                 return None
             means = [np.mean([scores.values[metric] for scores in part], axis=0) for part in _halves(there)]
             groups.append(means[0] - means[1])
         return groups or None
 
-    def _scores(self, variant: str, seed: int, file: str) -> ExampleScores | None:
-        key = (variant, seed, file)
+    def _scores(self, variant: str, seed: int, file: str, metric: Metric) -> ExampleScores | None:
+        of_bits = metric == "bits_per_byte"
+        key = (variant, seed, file, of_bits)
         if key not in self._cache:
-            self._cache[key] = example_scores(self._runs[variant, seed], file)
+            read = example_bits if of_bits else example_scores
+            self._cache[key] = read(self._runs[variant, seed], file)
         return self._cache[key]
 
 

@@ -171,19 +171,24 @@ def seeds_needed(
 ) -> int | None:
     """Fewest training seeds with which a paired t-test sees ``difference`` with probability ``power``.
 
+    Never fewer than those with which the exact sign-flip test, whose verdict it is, can fall below ``alpha`` at all.
+
     Args:
         difference: the true mean difference.
         deviation: standard deviation of the paired differences over training seeds; itself a guess when few were run.
-        alpha: significance level, two-sided.
+        alpha: significance level, two-sided; of several comparisons each has its share.
         power: wanted probability.
         most: where to stop looking.
 
     Returns:
         None when not even ``most`` seeds are enough.
     """
+    enough = 2
+    while 2 / 2**enough >= alpha:
+        enough += 1
     if deviation == 0:
-        return 2
-    enough, too_few = 2, 1
+        return enough
+    too_few = enough - 1
     while power_of_paired_test(difference, deviation, num_pairs=enough, alpha=alpha) < power:
         if enough >= most:
             return None

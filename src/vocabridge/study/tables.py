@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from .estimate import estimate, total_seconds
 from .plan import PlannedRun, StudyPlan
-from .results import DIFFERENCE_TO_SEE, Comparison, StudyResult, Summary, Tested
+from .results import ALPHA, DIFFERENCE_TO_SEE, Comparison, StudyResult, Summary, Tested
 from .scores import Metric, Scope
 from .status import RunStatus
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from ..plan.forecast import Forecast  # imports torch
 
 _TITLES: dict[Metric, str] = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "bits_per_byte": "bits/byte"}
-_ALPHA = 0.05
 
 
 def plan_table(
@@ -76,16 +76,27 @@ def unfinished_lines(statuses: Mapping[PlannedRun, RunStatus]) -> list[str]:
 
 
 def result_tables(result: StudyResult) -> list[Table]:
-    """Means of every metric, then the comparisons with the baseline; nothing without a finished run."""
+    """Means of every metric, then the comparisons, a table for each metric and baseline.
+
+    Nothing without a finished run. An average over a single file is that file's row again and left out.
+    """
     if not result.summaries:
         return []
     tables = [_means_table(result, metric, title) for metric, title in _TITLES.items()]
-    return [*tables, _comparison_table(result)] if result.comparisons else tables
+    groups: dict[tuple[Metric, str], list[Comparison]] = {}
+    for comparison in result.comparisons:
+        if not _repeats_a_file(comparison.scope):
+            groups.setdefault((comparison.metric, comparison.baseline), []).append(comparison)
+    if not groups:
+        return tables
+    tables += [_comparison_table(group) for group in groups.values()]
+    tables[-1].caption = _comparisons_caption(result.comparisons)
+    return tables
 
 
 def _means_table(result: StudyResult, metric: Metric, title: str) -> Table:
     rows = [summary for summary in result.summaries if summary.metric == metric]
-    scopes = list(dict.fromkeys(summary.scope for summary in rows))
+    scopes = list(dict.fromkeys(summary.scope for summary in rows if not _repeats_a_file(summary.scope)))
     table = Table(title=f"{title}: mean and standard deviation over training seeds", title_justify="left")
     table.add_column("variant", overflow="fold")
     table.add_column("seeds", justify="right")
@@ -99,18 +110,24 @@ def _means_table(result: StudyResult, metric: Metric, title: str) -> Table:
     return table
 
 
-def _comparison_table(result: StudyResult) -> Table:
-    table = Table(title=f"against {escape(result.plan.baseline)}", title_justify="left")
-    for heading in ("variant", "metric", "data"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("difference", "seeds", "p, seeds", "p, examples", "effect", f"seeds for {DIFFERENCE_TO_SEE}"):
-        table.add_column(heading, justify="right")
-    for comparison in result.comparisons:
-        table.add_row(*_comparison_cells(comparison))
-    table.caption = "95 % bootstrap intervals over seeds; p-values Holm-corrected over variants, * below 0.05"
-    fewest = min(comparison.over_seeds.test.smallest_p for comparison in result.comparisons)
-    if fewest > _ALPHA:
-        table.caption += f"; so few seeds cannot give a p over seeds below {fewest:.3g}"
+def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """Comparisons of one metric with one baseline, a section for each file or average."""
+    metric, baseline = comparisons[0].metric, comparisons[0].baseline
+    table = Table(title=f"\n{_TITLES[metric]} against {escape(baseline)}", title_justify="left", caption_justify="left")
+    table.box, table.padding, table.show_edge = box.SIMPLE_HEAD, (0, 0, 0, 0), False  # 80 columns have no room for more
+    table.add_column("variant", overflow="fold")
+    table.add_column("difference", no_wrap=True)
+    headings = ["p,\nseeds", "p,\nexamples", "effect", "seeds"]
+    if metric == "rouge_l":
+        headings.append(f"seeds\nfor\n{DIFFERENCE_TO_SEE}")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for scope in dict.fromkeys(comparison.scope for comparison in comparisons):
+        table.add_section()
+        table.add_row(_scope_title(scope), style="italic")
+        for comparison in comparisons:
+            if comparison.scope == scope:
+                table.add_row(*_comparison_cells(comparison)[: len(table.columns)])  # the last only of ROUGE-L
     return table
 
 
@@ -120,15 +137,29 @@ def _comparison_cells(comparison: Comparison) -> list[str]:
     spread = "" if interval is None else f" [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
     return [
         escape(comparison.variant),
-        _TITLES[comparison.metric],
-        _scope_title(comparison.scope),
         f"{comparison.difference:+.{digits}f}{escape(spread)}",
-        str(len(comparison.seeds)),
         _p_cell(comparison.over_seeds),
         _p_cell(comparison.over_examples),
         "-" if comparison.effect is None else f"{comparison.effect.hedges_gz:+.2f}",
+        str(len(comparison.seeds)),
         "-" if comparison.seeds_needed is None else str(comparison.seeds_needed),
     ]
+
+
+def _comparisons_caption(comparisons: Sequence[Comparison]) -> str:
+    caption = (
+        "95 % bootstrap intervals over seeds; p-values Holm-corrected over all comparisons of a metric on the same "
+        f"data, * below {ALPHA}; seeds for {DIFFERENCE_TO_SEE}: to see that difference with probability 0.8 after the "
+        "correction"
+    )
+    smallest = min(comparison.smallest_p_holm for comparison in comparisons)
+    if smallest > ALPHA:
+        caption += f"; so few seeds for so many comparisons cannot give a p over seeds below {smallest:.3g}"
+    return caption
+
+
+def _repeats_a_file(scope: Scope) -> bool:
+    return scope.is_average and len(scope.files) == 1
 
 
 def _mean_cell(summary: Summary | None, digits: int) -> str:
@@ -138,7 +169,7 @@ def _mean_cell(summary: Summary | None, digits: int) -> str:
 
 
 def _p_cell(tested: Tested | None) -> str:
-    return "-" if tested is None else f"{tested.p_holm:.4f}" + (" *" if tested.p_holm < _ALPHA else "")
+    return "-" if tested is None else f"{tested.p_holm:.4f}" + ("*" if tested.p_holm < ALPHA else "")
 
 
 def _scope_title(scope: Scope) -> str:
