@@ -183,6 +183,16 @@ def test_optimizer_settings_cannot_change_on_resume(recipe_file):
         distill(load_recipe(recipe_file, ["training.learning_rate=1e-2", "training.max_steps=6"]), resume=True)
 
 
+def test_a_setting_that_is_new_since_a_run_began_stands_at_its_default(recipe_file, tmp_path):
+    distill(load_recipe(recipe_file))
+    recorded = tmp_path / "run" / "recipe.yaml"
+    recorded.write_text(recorded.read_text().replace("  pad_to_multiple_of: null\n", ""))
+    assert "pad_to_multiple_of" not in recorded.read_text()
+    with pytest.raises(UserError, match=r"other values of training\.pad_to_multiple_of"):
+        distill(load_recipe(recipe_file, ["training.pad_to_multiple_of=8", "training.max_steps=6"]), resume=True)
+    distill(load_recipe(recipe_file, ["training.max_steps=6"]), resume=True)
+
+
 def test_streams_start_over_and_resume_in_a_later_pass(recipe_file, tmp_path):
     """8 rows, 4 a batch, 3 batches a step: the passes end inside steps."""
     options = ["data.streaming=true", "training.gradient_accumulation_steps=3", "training.lr_scheduler_type=constant"]

@@ -34,7 +34,7 @@ from vocabridge.models.loading import load_student, load_teacher, load_tokenizer
 from vocabridge.models.spec import ModelSpec
 from vocabridge.pairs import PairTokenizer, StreamingPairs
 from vocabridge.ranks import Ranks, launched_ranks
-from vocabridge.recipe import EvaluationSettings, Recipe
+from vocabridge.recipe import EvaluationSettings, Recipe, recipe_from_values
 from vocabridge.recipe.loading import read_recipe_file
 from vocabridge.recipe.yaml_text import read_mapping
 from vocabridge.run_record import write_run_record
@@ -282,7 +282,9 @@ def _check_same_recipe(path: Path, recipe: Recipe) -> None:
         before = read_recipe_file(path).values
     except UserError as error:
         raise UserError(f"{error} Without it the run cannot be resumed; start anew with --overwrite.") from error
-    now = read_mapping(recipe.resolved_yaml(), source="recipe").values
+    with suppress(UserError):  # what a version before did not know stood at its default; else the keys below tell
+        before = _resolved(recipe_from_values(before))
+    now = _resolved(recipe)
     for section in sorted(set(before) | set(now)):
         old, new = before.get(section), now.get(section)
         changed = sorted(_changed_keys(section, old, new))
@@ -294,6 +296,10 @@ def _check_same_recipe(path: Path, recipe: Recipe) -> None:
             )
         if changed:
             logger.warning("resuming with changed settings: %s", ", ".join(changed))
+
+
+def _resolved(recipe: Recipe) -> dict[str, Any]:
+    return read_mapping(recipe.resolved_yaml(), source="recipe").values
 
 
 def _changed_keys(section: str, old: Any, new: Any) -> set[str]:

@@ -10,13 +10,16 @@ reads the mark kills it a moment later. Counting operations and not seconds make
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -143,7 +146,36 @@ def without_privileges() -> None:
             raise OSError(ctypes.get_errno(), "capset")
 
 
-PREPARATIONS = {each.__name__: each for each in (small_shards, dying_worker, without_privileges)}
+def clock_runs_backwards() -> None:
+    """A day for each time that somebody asks."""
+    now, asked = time.time(), itertools.count()
+    time.time = lambda: now - 86_400.0 * next(asked)
+
+
+def nan_in_one_term() -> None:
+    """The adversarial term of the third step is NaN, the first time that it is trained."""
+    from vocabridge.objectives.base import LossTerm
+    from vocabridge.objectives.dskd_cma import DskdCma
+
+    original: Callable[..., dict[str, LossTerm]] = DskdCma.forward
+    called = itertools.count(1)
+
+    def forward(self: DskdCma, *given: Any) -> dict[str, LossTerm]:
+        terms = original(self, *given)
+        if next(called) == 3 and not os.path.exists("nan"):
+            Path("nan").write_text("")
+            terms["gan_queries"] = dataclasses.replace(
+                terms["gan_queries"], sum=terms["gan_queries"].sum * float("nan")
+            )
+        return terms
+
+    DskdCma.forward = forward  # type: ignore[method-assign]
+
+
+PREPARATIONS = {
+    each.__name__: each
+    for each in (small_shards, dying_worker, without_privileges, clock_runs_backwards, nan_in_one_term)
+}
 
 
 # --- the server ------------------------------------------------------------------------------------------------------

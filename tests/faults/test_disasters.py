@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults.phases import EVALUATE, run_results, sha256
+from faults.phases import EVALUATE, cache_results, run_results, sha256
 from faults.starts import Ended, Fault, ForkServer
 from tiny_pair import ROWS, student_model, teacher_model
 from vocabridge.checkpoint_files import checkpoints, damage
@@ -21,6 +21,7 @@ from vocabridge.training_arguments import DistillationConfig
 
 pytestmark = pytest.mark.fault
 DISTILL = ("distill", "recipe.yaml", "training.lr_scheduler_type=constant")
+CACHE = ("cache-teacher", "recipe.yaml", "teacher.cache=cache")
 
 
 def refused(ended: Ended) -> str:
@@ -129,6 +130,29 @@ def test_a_longer_run_is_scored_anew_though_it_was_killed_before(server: ForkSer
     assert found["results.json"] != shorter
 
 
+def test_a_clock_that_runs_backwards_changes_nothing(server: ForkServer, whole: Path, workplace: Path) -> None:
+    command, backwards = [*DISTILL, "training.save_total_limit=1"], ["clock_runs_backwards"]
+    done(server.start([*command, "training.max_steps=4"], workplace, preparations=backwards))
+    assert [path.name for path in checkpoints(workplace / "run")] == ["checkpoint-4"]
+    done(server.start([*command, "--resume"], workplace, preparations=backwards))
+    assert [path.name for path in checkpoints(workplace / "run")] == ["checkpoint-6"]
+    assert run_results(workplace / "run") == run_results(whole)
+
+
+def test_a_flipped_bit_in_a_teacher_cache_is_never_learned_from(server: ForkServer, workplace: Path) -> None:
+    done(server.start(CACHE, workplace, preparations=["small_shards"]))
+    shard = sorted((workplace / "cache").glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 16
+    shard.write_bytes(content)
+    sentence = refused(server.start([*DISTILL, "teacher.cache=cache"], workplace))
+    assert shard.name in sentence
+    assert not (workplace / "run" / "model.safetensors").exists()
+    shard.unlink()
+    shard.with_suffix(".json").unlink()
+    done(server.start([*DISTILL, "teacher.cache=cache"], workplace))
+
+
 # --- disks -----------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +196,29 @@ def test_full_disk_of_scores(server: ForkServer, small_disk: Path, workplace: Pa
     done(server.start(evaluate, workplace))
 
 
+def test_full_disk_of_a_teacher_cache(server: ForkServer, small_disk: Path, workplace: Path) -> None:
+    command = [*CACHE, "teacher.cache=disk/cache"]
+    sentence = refused(server.start(command, workplace, preparations=["small_shards"]))
+    assert "the teacher cache needs" in sentence
+    assert not list(small_disk.glob("cache/*")), "it is told before anything is written"
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    done(server.start(command, workplace, preparations=["small_shards"]))
+    done(server.start([*CACHE, "teacher.cache=whole"], workplace, preparations=["small_shards"]))
+    assert cache_results(small_disk / "cache") == cache_results(workplace / "whole")
+
+
+def test_full_disk_of_a_study(server: ForkServer, small_disk: Path, workplace: Path) -> None:
+    """Its runs fail with a sentence each, and are all trained when there is room."""
+    study = (workplace / "study.yaml").read_text().replace("output_dir: study", "output_dir: disk/study")
+    (workplace / "study.yaml").write_text(study)
+    ended = server.start(["study", "study.yaml"], workplace)
+    assert ended.code in (1, 2), ended.output
+    assert "Traceback" not in ended.output
+    assert "No space left on device" in ended.output
+    subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
+    assert "2 done" in done(server.start(["study", "study.yaml"], workplace))
+
+
 def test_folders_that_may_not_be_written(server: ForkServer, whole: Path, workplace: Path) -> None:
     locked = ["without_privileges"]
     damaged_copy(whole, workplace, "optimizer.pt", b"")
@@ -194,6 +241,18 @@ def test_folders_that_may_not_be_written(server: ForkServer, whole: Path, workpl
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_nan_in_one_term_is_named_and_the_run_goes_on_from_before(
+    server: ForkServer, whole: Path, workplace: Path
+) -> None:
+    command = [*DISTILL, "training.save_total_limit=9"]
+    sentence = refused(server.start(command, workplace, preparations=["nan_in_one_term"]))
+    assert "gan_queries" in sentence
+    assert "space" not in sentence, "only the term that is NaN is named"
+    assert [path.name for path in checkpoints(workplace / "run")] == ["checkpoint-1", "checkpoint-2"]
+    done(server.start([*command, "--resume"], workplace))
+    assert run_results(workplace / "run") == run_results(whole)
 
 
 def test_weights_that_are_not_finite_are_never_saved(

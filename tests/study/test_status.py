@@ -16,6 +16,7 @@ from vocabridge.study.plan import PlannedRun, load_study
 from vocabridge.study.status import (
     RunStatus,
     current_status,
+    fingerprint,
     is_locked,
     read_status,
     run_lock,
@@ -110,6 +111,22 @@ def test_a_study_may_be_moved_with_all_that_it_reads(tmp_path: Path, monkeypatch
     here.rename(there)
     assert current_status(only_run(there)).state == "done"
     assert current_status(only_run(there, limit=7)).message == "its recipe has changed"
+
+
+def test_a_setting_that_is_new_since_a_run_ended_stood_at_its_default(write_study: WriteStudy) -> None:
+    run = load_study(write_study()).runs[0]
+    before = run.recipe.resolved_yaml().replace("  shard_teacher: false\n", "")
+    assert before != run.recipe.resolved_yaml()
+    finish(run, SCORES)
+    (run.folder / "study-recipe.yaml").write_text(before)
+    as_then = read_status(run.folder).model_copy(update={"recipe": fingerprint(before), "recipe_in_place": ""})
+    write_status(run.folder, as_then)
+    assert current_status(run).state == "done"
+    (run.folder / "study-recipe.yaml").write_text(before.replace("max_steps: 4", "max_steps: 5"))
+    assert current_status(run).state == "pending", "the file is not of the run that is done"
+    other = load_study(write_study(variants={"cma": {"training.shard_teacher": True}})).runs[0]
+    (run.folder / "study-recipe.yaml").write_text(before)
+    assert current_status(other).state == "pending"
 
 
 def test_done_without_results_is_not_done(write_study: WriteStudy) -> None:

@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from ..durable import write_in_one_piece
-from ..recipe import Recipe
+from ..errors import UserError
+from ..recipe import Recipe, load_recipe
 from ..settings import Settings
 from .plan import PlannedRun
 
@@ -78,12 +79,24 @@ def current_status(run: PlannedRun) -> RunStatus:
     status = read_status(run.folder)
     if status.state != "done":
         return status
-    moved_along = status.recipe_in_place == recipe_in_place_fingerprint(run.recipe)
-    if status.recipe != recipe_fingerprint(run.recipe) and not moved_along:
+    if not _was_trained(run, status):
         return status.model_copy(update={"state": "pending", "message": "its recipe has changed"})
     if not results_file(run.folder).is_file():
         return status.model_copy(update={"state": "pending", "message": "its results are gone"})
     return status
+
+
+def _was_trained(run: PlannedRun, status: RunStatus) -> bool:
+    """Whether a finished run is of the planned recipe; settings that were not known then stood at their defaults."""
+    planned = recipe_fingerprint(run.recipe)
+    if status.recipe == planned or status.recipe_in_place == recipe_in_place_fingerprint(run.recipe):
+        return True
+    file = run.folder / RECIPE_FILE
+    try:
+        is_of_the_run = fingerprint(file.read_text(encoding="utf-8")) == status.recipe
+        return is_of_the_run and recipe_fingerprint(load_recipe(file)) == planned
+    except (OSError, ValueError, UserError):
+        return False
 
 
 def results_file(folder: Path) -> Path:
@@ -116,8 +129,12 @@ def is_locked(folder: Path) -> bool:
 
 def recipe_fingerprint(recipe: Recipe) -> str:
     """Changes with anything the recipe says, its run folder aside: a study may be moved."""
-    text = re.sub(r"^  output_dir: .*$", "", recipe.resolved_yaml(), count=1, flags=re.MULTILINE)
-    return _hash(text)
+    return fingerprint(recipe.resolved_yaml())
+
+
+def fingerprint(resolved: str) -> str:
+    """As above, of the text of a resolved recipe."""
+    return _hash(re.sub(r"^  output_dir: .*$", "", resolved, count=1, flags=re.MULTILINE))
 
 
 def recipe_in_place_fingerprint(recipe: Recipe) -> str:
