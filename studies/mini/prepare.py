@@ -122,7 +122,7 @@ def train_base(name: str) -> None:
     words = [sys.executable, "-m", "vocabridge", "distill", str(HERE / f"{name}.yaml")]
     if folder.exists():
         words.append("--resume")
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # models this small gain little from more, and lose on busy cores
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # models this small gain little from more
     if status := subprocess.run(words, env=one_thread, check=False).returncode:
         raise SystemExit(status)
 
