@@ -328,7 +328,7 @@ def test_gguf_weights_are_unpacked_and_their_marks_cleared(tmp_path: Path, tiny_
 
     def from_pretrained(name, **options):
         calls.append({"name": name, **options})
-        return _marked(tiny_model("llama")), {"missing_keys": set(), "mismatched_keys": set()}
+        return _marked(tiny_model("llama")), {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": set()}
 
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     model = load_model(ModelSpec(model=str(tmp_path / "some.gguf"), dtype="bfloat16", device="cpu"))
@@ -345,7 +345,7 @@ def test_hub_model_is_asked_for_its_revision_and_safetensors(tiny_model, monkeyp
 
     def from_pretrained(name, **options):
         calls.append({"name": name, **options})
-        return tiny_model("llama"), {"missing_keys": set(), "mismatched_keys": set()}
+        return tiny_model("llama"), {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": set()}
 
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda name, **options: tiny_model("llama").config)
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
