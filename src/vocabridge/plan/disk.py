@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -24,28 +25,37 @@ from vocabridge.text import Example, read_examples
 
 def disk_parts(recipe: Recipe, models: PlannedModels) -> Iterator[Part]:
     """Of the whole run, whatever the number of ranks: they write one checkpoint together."""
-    yield from run_parts(recipe, models)
-    if recipe.teacher is not None and recipe.teacher.cache is not None and (size := cache_size(recipe, models)):
-        yield Part("teacher cache", size.num_bytes, f"{size.rows:,} rows, {size.tokens:,} tokens")
-
-
-def run_parts(recipe: Recipe, models: PlannedModels) -> Iterator[Part]:
-    """Of the run folder alone."""
     arguments = recipe.training.arguments()
-    learned = sum(value.nbytes for value in models.objective.state_dict().values())
-    if arguments.get("save_strategy", "steps") != "no":
-        checkpoint, basis = _student_bytes(models.student) + learned, "student, learned parts"
-        if not arguments.get("save_only_model"):
-            optim, optim_args = arguments.get("optim", "adamw_torch"), arguments.get("optim_args")
-            checkpoint += optimizer_state_bytes(models.trained, optim, optim_args)
-            basis += ", optimizer"
+    if checkpoint := checkpoint_bytes(arguments, models):
+        basis = "student, learned parts" + ("" if arguments.get("save_only_model") else ", optimizer")
         limit = arguments.get("save_total_limit")
         kept = "all are kept: set training.save_total_limit" if limit is None else f"{limit} kept, 1 being written"
         yield Part("checkpoint", checkpoint, f"each; {kept}")
         if limit is not None:
             yield Part("checkpoints together", checkpoint * (limit + 1), basis)
-    merged = sum(value.nbytes for value in models.student.parameters())
-    yield Part("finished student", merged + learned, "with learned parts")
+    yield Part("finished student", finished_bytes(models), "with learned parts")
+    if recipe.teacher is not None and recipe.teacher.cache is not None and (size := cache_size(recipe, models)):
+        yield Part("teacher cache", size.num_bytes, f"{size.rows:,} rows, {size.tokens:,} tokens")
+
+
+def checkpoint_bytes(arguments: Mapping[str, Any], models: PlannedModels) -> int:
+    """Of one checkpoint; 0 where none is saved.
+
+    Raises:
+        UserError: the optimizer is not known.
+    """
+    if arguments.get("save_strategy", "steps") == "no":
+        return 0
+    optimizer = 0
+    if not arguments.get("save_only_model"):
+        optim, optim_args = arguments.get("optim", "adamw_torch"), arguments.get("optim_args")
+        optimizer = optimizer_state_bytes(models.trained, optim, optim_args)
+    return _student_bytes(models.student) + _learned_bytes(models) + optimizer
+
+
+def finished_bytes(models: PlannedModels) -> int:
+    """Of what a finished run is for: the student whole, adapters merged, and the learned parts."""
+    return sum(value.nbytes for value in models.student.parameters()) + _learned_bytes(models)
 
 
 def cache_size(recipe: Recipe, models: PlannedModels) -> CaptureSize | None:
@@ -76,6 +86,10 @@ def cache_size(recipe: Recipe, models: PlannedModels) -> CaptureSize | None:
 
 def _examples(sources: tuple[str, ...], limit: int | None) -> list[Example]:
     return [example for source in sources for example in read_examples(source, limit=limit)][:limit]
+
+
+def _learned_bytes(models: PlannedModels) -> int:
+    return sum(value.nbytes for value in models.objective.state_dict().values())
 
 
 def _student_bytes(student: nn.Module) -> int:

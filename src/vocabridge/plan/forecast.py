@@ -10,9 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from statistics import fmean
 from typing import Any
 
@@ -22,11 +21,11 @@ from torch import nn
 from vocabridge.errors import UserError
 from vocabridge.models.capture import trunk_shape
 from vocabridge.pairs import PairTokenizer
-from vocabridge.plan.disk import run_parts
+from vocabridge.plan.disk import checkpoint_bytes, finished_bytes
 from vocabridge.plan.models import PlannedModels, num_elements, pair_tokenizers, planned_pair
 from vocabridge.plan.step import has_checkpointing
 from vocabridge.recipe import Recipe
-from vocabridge.text import Example, iter_examples, read_examples
+from vocabridge.text import read_examples
 
 _START_SECONDS = 10.0
 """Of importing torch and transformers and loading models; a run of ``make study-mini`` is hardly more than that."""
@@ -75,23 +74,21 @@ def forecast(recipe: Recipe, *, threads: int | None = None) -> Forecast | None:
         pair = pair_tokenizers(recipe.student, recipe.teacher, recipe.data.max_length).pair
         rows = _rows_of_a_pass(recipe, pair)
         products = _in_training(recipe, models, rows) + _in_evaluation(recipe, models, pair)
-        num_bytes = sum(part.num_bytes * _num_kept(part.name, recipe, rows) for part in run_parts(recipe, models))
+        checkpoints = _num_checkpoints(recipe, rows) * checkpoint_bytes(recipe.training.arguments(), models)
     except UserError:
         return None
     seconds = _START_SECONDS + products / (_UTILISATION * _products_per_second(recipe, models, threads))
-    return Forecast(seconds, num_bytes, _cache_bytes(recipe, models, rows))
+    return Forecast(seconds, finished_bytes(models) + checkpoints, _cache_bytes(recipe, models, rows))
 
 
 def _rows_of_a_pass(recipe: Recipe, pair_tokenizer: PairTokenizer) -> _Rows:
-    sample = list(islice(_each(recipe.data.train), _SAMPLED_ROWS))
-    pairs = [pair for pair in map(pair_tokenizer, sample) if pair is not None]
+    limit = _SAMPLED_ROWS if recipe.data.streaming else recipe.data.limit
+    examples = read_examples(list(recipe.data.train), limit=limit)
+    pairs = [pair for pair in map(pair_tokenizer, examples[:_SAMPLED_ROWS]) if pair is not None]
     student = _mean(len(pair.student.input_ids) for pair in pairs)
     sides = [pair.teacher for pair in pairs if pair.teacher is not None]
     teacher, cached = _mean(len(side.input_ids) for side in sides), _mean(len(side.spans) for side in sides)
-    number = (
-        len(sample) if recipe.data.streaming else sum(1 for _ in islice(_each(recipe.data.train), recipe.data.limit))
-    )
-    return _Rows(number, student, teacher, cached)
+    return _Rows(len(examples), student, teacher, cached)
 
 
 def _num_steps(recipe: Recipe, rows: _Rows) -> float:
@@ -129,17 +126,15 @@ def _in_evaluation(recipe: Recipe, models: PlannedModels, pair_tokenizer: PairTo
     return len(examples) * per_row * num_elements(list(models.student.parameters()))
 
 
-def _num_kept(part: str, recipe: Recipe, rows: _Rows) -> float:
-    """How many of a part of the run folder there are in the end; ``checkpoints together`` are no part of their own."""
-    if part == "finished student":
-        return 1
-    if part != "checkpoint":
-        return 0
-    arguments = recipe.training.arguments()
+def _num_checkpoints(recipe: Recipe, rows: _Rows) -> int:
+    """That are there in the end."""
+    arguments, steps = recipe.training.arguments(), _num_steps(recipe, rows)
     if arguments.get("save_strategy", "steps") == "epoch":
-        saved = float(arguments.get("num_train_epochs", 3))
+        every = rows.number / _rows_of_a_step(arguments, rows)
     else:
-        saved = math.ceil(_num_steps(recipe, rows) / max(1, arguments.get("save_steps", 500)))
+        save_steps = arguments.get("save_steps", 500)
+        every = save_steps if save_steps >= 1 else save_steps * steps  # a share of all steps
+    saved = math.ceil(steps / every)
     return min(saved, arguments.get("save_total_limit") or saved)
 
 
@@ -178,11 +173,6 @@ def _measured_speed(device: str, dtype: torch.dtype, width: int, threads: int | 
     finally:
         torch.set_num_threads(before)
     return count * given.numel() * weight.shape[1] / seconds
-
-
-def _each(sources: Sequence[str]) -> Iterator[Example]:
-    for source in sources:
-        yield from iter_examples(source)
 
 
 def _mean(values: Iterator[int]) -> float:
