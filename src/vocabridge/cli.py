@@ -382,6 +382,7 @@ def study(
     ] = False,
 ) -> None:
     """Train every variant of a recipe with every seed, and compare the variants with the baseline."""
+    from vocabridge.study.estimate import first_guesses
     from vocabridge.study.plan import load_study
     from vocabridge.study.status import current_status
     from vocabridge.study.tables import plan_table, result_tables, summary_line, unfinished_lines
@@ -391,17 +392,7 @@ def study(
     plan = load_study(study)
     statuses = {run: current_status(run) for run in plan.runs}
     if dry_run:
-        forecasts = None
-        if all(status.state != "done" for status in statuses.values()):
-            from vocabridge.plan.forecast import forecast
-            from vocabridge.study.runner import threads_of_a_run
-
-            forecasts = {}
-            for run in plan.runs[: len(plan.variants)]:
-                if (guess := forecast(run.recipe, threads=threads_of_a_run(jobs))) is None:
-                    break  # nor would the others have their models, and a hub that is not there is asked for long
-                forecasts[run.variant] = guess
-        Console().print(plan_table(plan, statuses, jobs=jobs, forecasts=forecasts))
+        Console().print(plan_table(plan, statuses, jobs=jobs, forecasts=first_guesses(plan, statuses, jobs=jobs)))
         for line in unfinished_lines(statuses):
             print(line)
         return

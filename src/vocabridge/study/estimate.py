@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from .plan import PlannedRun, StudyPlan
+from .runner import threads_of_a_run
 from .status import RunStatus
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class VariantEstimate:
 def estimate(
     plan: StudyPlan,
     statuses: Mapping[PlannedRun, RunStatus],
-    forecasts: Mapping[str, Forecast] | None = None,
+    forecasts: Mapping[str, Forecast] = MappingProxyType({}),
 ) -> list[VariantEstimate]:
     """What every variant still needs.
 
@@ -59,7 +61,7 @@ def estimate(
         like = [run for run in done if run.variant == variant] or done
         seconds = _seconds_per_run(runs[0], like, statuses)
         size = fmean(sizes[run] for run in like) if like else None
-        if forecasts and (guess := forecasts.get(variant)):
+        if guess := forecasts.get(variant):
             seconds, size = seconds or guess.seconds, size or guess.num_bytes
         num_left = sum(statuses[run].state != "done" for run in runs)
         found.append(
@@ -72,6 +74,20 @@ def estimate(
                 bytes_left=_product(num_left, size),
             )
         )
+    return found
+
+
+def first_guesses(plan: StudyPlan, statuses: Mapping[PlannedRun, RunStatus], *, jobs: int) -> dict[str, Forecast]:
+    """Forecasts by variant while no run is done; after that runs tell more, and models and data are not looked at."""
+    if any(status.state == "done" for status in statuses.values()):
+        return {}
+    from ..plan.forecast import forecast
+
+    found = {}
+    for run in plan.runs[: len(plan.variants)]:  # every variant with the first seed
+        if (guess := forecast(run.recipe, threads=threads_of_a_run(jobs))) is None:
+            break  # nor would the others have their models, and a hub that is not there is asked for long
+        found[run.variant] = guess
     return found
 
 

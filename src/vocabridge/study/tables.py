@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -29,7 +30,7 @@ def plan_table(
     statuses: Mapping[PlannedRun, RunStatus],
     *,
     jobs: int,
-    forecasts: Mapping[str, Forecast] | None = None,
+    forecasts: Mapping[str, Forecast] = MappingProxyType({}),
 ) -> Table:
     """One line a variant: how its runs stand and what is still to come, by forecasts where no run is done."""
     parts = estimate(plan, statuses, forecasts)
@@ -113,8 +114,14 @@ def _means_table(result: StudyResult, metric: Metric, title: str) -> Table:
 def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """Comparisons of one metric with one baseline, a section for each file or average."""
     metric, baseline = comparisons[0].metric, comparisons[0].baseline
-    table = Table(title=f"\n{_TITLES[metric]} against {escape(baseline)}", title_justify="left", caption_justify="left")
-    table.box, table.padding, table.show_edge = box.SIMPLE_HEAD, (0, 0, 0, 0), False  # 80 columns have no room for more
+    table = Table(
+        title=f"\n{_TITLES[metric]} against {escape(baseline)}",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,  # 80 columns have no room for more
+    )
     table.add_column("variant", overflow="fold")
     table.add_column("difference", no_wrap=True)
     headings = ["p,\nseeds", "p,\nexamples", "effect", "seeds"]
