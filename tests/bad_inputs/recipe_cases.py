@@ -177,7 +177,7 @@ STUDIES = [
     in_study("study: base missing", "study.yaml:1: base is 'nowhere.yaml', which is no file", base="nowhere.yaml"),
     in_study("study: baseline unknown", "baseline is 'plan'", "did you mean 'plain'", baseline="plan"),
     in_study(
-        "study: output_dir is a model", "study.yaml:2: output_dir is the student's own folder", output_dir="student"
+        "study: output_dir is a model", "study.yaml:2: output_dir is the folder of the model", output_dir="student"
     ),
     in_study("study: a seed twice", "study.yaml:4: seeds is refused: 1 is given twice", seeds=[1, 1]),
     in_study("study: a variant's name leads out", "no variant's name", variants={"plain": None, "../x": None}),

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,7 +135,6 @@ def load_study(path: str | Path) -> StudyPlan:
     base.values["evaluation"] = (base.values.get("evaluation") or {}) | evaluation["evaluation"]
     folder = Path(settings.output_dir)
     in_base = _problems_of_base(base, folder)
-    Source(str(path), mapping.lines).refuse([*_problems_of_folder(base, folder)])
     recipes: dict[tuple[str, int], Recipe] = {}
     problems: list[str] = []
     for variant, overrides in settings.variants.items():
@@ -151,6 +150,7 @@ def load_study(path: str | Path) -> StudyPlan:
             problems += [line if line.startswith(known) or line in in_base else f"{place}: {line}" for line in lines]
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
+    Source(str(path), mapping.lines).refuse(_problems_of_folder(folder, recipes.values()))
     runs = tuple(
         PlannedRun(variant, seed, run_folder(folder, variant, seed), recipes[variant, seed])
         for seed in settings.seeds
@@ -241,12 +241,14 @@ def _problems_of_base(base: _Base, folder: Path) -> set[str]:
     return set()
 
 
-def _problems_of_folder(base: _Base, folder: Path) -> Iterator[Problem]:
+def _problems_of_folder(folder: Path, recipes: Iterable[Recipe]) -> list[Problem]:
     """A study writes beside its runs, too."""
-    for side in ("student", "teacher"):
-        model = (base.values.get(side) or {}).get("model")
-        if isinstance(model, str) and real_path(model) == real_path(folder):
-            yield Problem(("output_dir",), f"is the {side}'s own folder '{model}'; name a new one.")
+    models = {spec.model for recipe in recipes for spec in (recipe.student, recipe.teacher) if spec is not None}
+    return [
+        Problem(("output_dir",), f"is the folder of the model '{model}'; name a new one.")
+        for model in sorted(models)
+        if real_path(model) == real_path(folder)
+    ]
 
 
 def _recipe(base: _Base, overrides: Mapping[str, Any], *, own: Mapping[str, Any], place: str, folder: Path) -> Recipe:
