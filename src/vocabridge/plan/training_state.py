@@ -111,7 +111,7 @@ def communication_bytes(models: PlannedModels, placement: Placement) -> int:
     trained = models.trained
     if placement.strategy == "ddp":
         return gradient_bytes(trained, placement) if placement.world_size > 1 else 0
-    bucket = placement.computed_bytes([torch.empty(ZERO_BUCKET, device="meta")]) if placement.is_deepspeed else 0
+    bucket = ZERO_BUCKET * (2 if placement.half else 4)
     if placement.strategy == "zero2":
         return bucket
     everything = [*models.student.parameters(), *models.objective.parameters()]
