@@ -133,6 +133,7 @@ def test_a_longer_run_is_scored_anew_though_it_was_killed_before(server: ForkSer
 def test_a_clock_that_runs_backwards_changes_nothing(server: ForkServer, whole: Path, workplace: Path) -> None:
     command, backwards = [*DISTILL, "training.save_total_limit=1"], ["clock_runs_backwards"]
     done(server.start([*command, "training.max_steps=4"], workplace, preparations=backwards))
+    assert '"train_runtime": -' in (workplace / "run" / "metrics.jsonl").read_text(), "nobody asked for the time"
     assert [path.name for path in checkpoints(workplace / "run")] == ["checkpoint-4"]
     done(server.start([*command, "--resume"], workplace, preparations=backwards))
     assert [path.name for path in checkpoints(workplace / "run")] == ["checkpoint-6"]
