@@ -109,6 +109,11 @@ def launch_environment(zero_stage: int) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith("ACCELERATE_")}
 
 
+def learns(pieces: dict[str, Any]) -> bool:
+    """Whether the objective has learned parts, by the names of what is trained."""
+    return any(name.startswith("objective.") for name in pieces)
+
+
 def losses(log: list[dict[str, float]]) -> dict[int, float]:
     """Loss by step."""
     return {int(entry["step"]): entry["loss"] for entry in log if "loss" in entry}
