@@ -193,6 +193,23 @@ def test_a_setting_that_is_new_since_a_run_began_stands_at_its_default(recipe_fi
     distill(load_recipe(recipe_file, ["training.max_steps=6"]), resume=True)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_worker_that_dies_while_a_batch_is_fetched_is_told(recipe_file, monkeypatch, num_workers):
+    """The connection breaks before the signal of its death comes, which then comes while that is handled."""
+
+    def reset(*args, **kwargs):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    def signal_comes(seconds):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr("vocabridge.run.DistillationTrainer.train", reset)
+    monkeypatch.setattr("vocabridge.run.time.sleep", signal_comes)
+    expected = UserError if num_workers else ConnectionResetError
+    with pytest.raises(expected, match="prepares batches has died" if num_workers else "reset by peer"):
+        distill(load_recipe(recipe_file, [f"training.dataloader_num_workers={num_workers}"]))
+
+
 def test_streams_start_over_and_resume_in_a_later_pass(recipe_file, tmp_path):
     """8 rows, 4 a batch, 3 batches a step: the passes end inside steps."""
     options = ["data.streaming=true", "training.gradient_accumulation_steps=3", "training.lr_scheduler_type=constant"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -165,9 +166,13 @@ def _train(trainer: DistillationTrainer, checkpoint: str | None) -> None:
             return
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # Torch notices the death by a signal; a batch that was just being fetched from the worker may fail before that.
+        fetched = not isinstance(error, RuntimeError) and trainer.args.dataloader_num_workers > 0
+        if not fetched and "DataLoader worker" not in str(error):
             raise
+        with suppress(RuntimeError):  # the signal, if it is still to come; it would interrupt what is told
+            time.sleep(0.2)
         raise UserError(
             "a process that prepares batches has died, perhaps for want of memory; the checkpoints are whole, so go on "
             "with --resume, and with fewer training.dataloader_num_workers."
