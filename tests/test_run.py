@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,7 +205,7 @@ def test_a_worker_that_dies_while_a_batch_is_fetched_is_told(recipe_file, monkey
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
     monkeypatch.setattr("vocabridge.run.DistillationTrainer.train", reset)
-    monkeypatch.setattr("vocabridge.run.time.sleep", signal_comes)
+    monkeypatch.setattr("vocabridge.run.time", SimpleNamespace(sleep=signal_comes))
     expected = UserError if num_workers else ConnectionResetError
     with pytest.raises(expected, match="prepares batches has died" if num_workers else "reset by peer"):
         distill(load_recipe(recipe_file, [f"training.dataloader_num_workers={num_workers}"]))
