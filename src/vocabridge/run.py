@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from vocabridge.recipe.loading import read_recipe_file
 from vocabridge.recipe.yaml_text import read_mapping
 from vocabridge.run_record import write_run_record
 from vocabridge.saving import OBJECTIVE_FILE, load_parts, load_student_weights, publish, save_student, staged_folder
-from vocabridge.text import Example, iter_examples, read_examples
+from vocabridge.text import Example
 from vocabridge.trainer import DistillationTrainer
 from vocabridge.training_arguments import DistillationConfig
 
@@ -224,11 +223,8 @@ def write_teacher_cache(recipe: Recipe) -> CachedTeacher:
     with launched_ranks() as ranks:
         arguments = _training_arguments(recipe)
         tokenizer = load_tokenizer(recipe.teacher)
-        return _cached_teacher(recipe.teacher, _all_examples(recipe), arguments, tokenizer, ranks)
-
-
-def _all_examples(recipe: Recipe) -> list[Example]:
-    return _read(recipe.data.train, recipe.data.limit) + _read(recipe.data.validation, None)
+        examples = recipe.data.training_examples() + recipe.data.validation_examples()
+        return _cached_teacher(recipe.teacher, examples, arguments, tokenizer, ranks)
 
 
 def _cached_teacher(
@@ -327,8 +323,8 @@ def _training_arguments(recipe: Recipe) -> DistillationConfig:
 
 def _build_trainer(recipe: Recipe, arguments: DistillationConfig, ranks: Ranks) -> DistillationTrainer:
     # Data first: a mistake in it should show before the models have been read.
-    training_examples = None if recipe.data.streaming else _read(recipe.data.train, recipe.data.limit)
-    validation_examples = _read(recipe.data.validation, None) if recipe.data.validation else None
+    training_examples = None if recipe.data.streaming else recipe.data.training_examples()
+    validation_examples = recipe.data.validation_examples()
     if recipe.evaluation is not None:  # it comes last, after hours
         _plan_evaluation(recipe.evaluation)
     student_tokenizer = load_tokenizer(recipe.student)
@@ -339,7 +335,7 @@ def _build_trainer(recipe: Recipe, arguments: DistillationConfig, ranks: Ranks) 
         Responder.of(student.config, student_tokenizer, settings=settings, template=recipe.student.template)
     teacher: PreTrainedModel | CachedTeacher | None = None
     if recipe.teacher is not None and recipe.teacher.cache is not None:
-        examples = (training_examples or []) + (validation_examples or [])
+        examples = (training_examples or []) + validation_examples
         teacher = _cached_teacher(recipe.teacher, examples, arguments, teacher_tokenizer, ranks)
     elif recipe.teacher is not None:
         teacher = load_teacher(_on_cpu(recipe.teacher) if arguments.shard_teacher else recipe.teacher)
@@ -351,7 +347,7 @@ def _build_trainer(recipe: Recipe, arguments: DistillationConfig, ranks: Ranks) 
         train_dataset=training_examples
         if training_examples is not None
         else _stream(recipe, arguments, student_tokenizer, teacher_tokenizer),
-        eval_dataset=validation_examples,
+        eval_dataset=validation_examples or None,
         student_tokenizer=student_tokenizer,
         teacher_tokenizer=teacher_tokenizer,
     )
@@ -360,10 +356,6 @@ def _build_trainer(recipe: Recipe, arguments: DistillationConfig, ranks: Ranks) 
 def _on_cpu(teacher: ModelSpec) -> ModelSpec:
     """For a teacher of which the device shall hold a piece only; its type is still that of the device."""
     return teacher.model_copy(update={"dtype": resolve_dtype(teacher), "device": "cpu"})
-
-
-def _read(sources: tuple[str, ...], limit: int | None) -> list[Example]:
-    return list(chain.from_iterable(read_examples(source, limit=limit) for source in sources))[:limit]
 
 
 def _stream(
@@ -376,18 +368,7 @@ def _stream(
         teacher_template=arguments.teacher_template,
         max_length=arguments.max_length,
     )
-    return StreamingPairs(_Concatenated(recipe.data.train, recipe.data.limit), pair_tokenizer)
-
-
-@dataclass(frozen=True, slots=True)
-class _Concatenated:
-    """Several sources read one after the other, anew in every epoch."""
-
-    sources: tuple[str, ...]
-    limit: int | None
-
-    def __iter__(self) -> Iterator[Example]:
-        return islice(chain.from_iterable(iter_examples(source) for source in self.sources), self.limit)
+    return StreamingPairs(recipe.data.train, pair_tokenizer, limit=recipe.data.limit)
 
 
 def _save_final(trainer: DistillationTrainer, run_dir: Path, recipe: Recipe) -> None:

@@ -314,6 +314,8 @@ def _named_rows(name: str, split: str | None) -> Iterator[tuple[str, object]]:
     if path.is_dir():
         return _dataset_rows(name, split)
     if path.exists():
+        if not path.is_file():
+            raise UserError(f"{name}: is a pipe or a device, and data are read more than once; write them to a file.")
         if split is not None:
             raise UserError(f"{name}: split {split!r} was given, but a JSON-lines file has no splits.")
         return _jsonl_rows(path)

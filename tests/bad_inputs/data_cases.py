@@ -52,6 +52,11 @@ def split_that_is_not_there(folder: Path) -> None:
     change_yaml(folder / "recipe.yaml", data__train="saved:tset")
 
 
+def pipe(folder: Path) -> None:
+    (folder / "train.jsonl").unlink()
+    os.mkfifo(folder / "train.jsonl")
+
+
 def folder_without_data(folder: Path) -> None:
     (folder / "rows").mkdir()
     change_yaml(folder / "recipe.yaml", data__train="rows")
@@ -168,6 +173,7 @@ ELSEWHERE = [
         "a bad first row of a stream", ("train.jsonl:1: broken JSON",), write(b"{"), (*DISTILL, "data.streaming=true")
     ),
     BadInput("a split that is not there", ("there is no split 'tset'", "did you mean 'test'"), split_that_is_not_there),
+    BadInput("a pipe", ("train.jsonl: is a pipe or a device", "write them to a file"), pipe),
     BadInput(
         "a folder without data", ("rows: not a JSON-lines file, and 'datasets' cannot load it",), folder_without_data
     ),

@@ -95,6 +95,16 @@ MODELS = [
         ("student': config.json has fewer layers", "model.layers.1.input_layernorm.weight", "mend it"),
         in_config(num_hidden_layers=1),
     ),
+    BadInput(
+        "generation_config.json cut",
+        ("student': generation_config.json cannot be read", "mend it, or remove it"),
+        lambda folder: (folder / "student" / "generation_config.json").write_text('{"eos_token_id": '),
+    ),
+    BadInput(
+        "generation_config.json a list",
+        ("student': generation_config.json cannot be read", "mend it, or remove it"),
+        lambda folder: (folder / "student" / "generation_config.json").write_text("[]"),
+    ),
     BadInput("weights missing", ("student' has no model.safetensors",), lambda folder: (folder / WEIGHTS).unlink()),
     BadInput(
         "weights cut",

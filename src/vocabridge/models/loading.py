@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from vocabridge.alignment import check_tokenizer_file
 from vocabridge.errors import UserError, one_line
@@ -175,6 +176,7 @@ def _load(spec: ModelSpec, device: torch.device, config: PretrainedConfig | None
         own_config = read_config(spec, checkpoint)
         _check_config(spec, own_config)
         dtype = _chosen_dtype(spec, own_config, device)
+        _check_generation_config(checkpoint)
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # annotated as returning no report
     mend = "change that setting, or download the model again if a file is damaged"
     with _as_user_error(f"'{spec.model}': the model cannot be loaded", mend):
@@ -257,6 +259,14 @@ def _check_config(spec: ModelSpec, config: PretrainedConfig) -> None:
             f"'{spec.model}' was saved as {architectures[0]}, without the head of a causal language model "
             f"({expected}); load and save it with AutoModelForCausalLM."
         )
+
+
+def _check_generation_config(checkpoint: Checkpoint) -> None:
+    """Transformers takes a damaged file for none, and a student saved from that has lost its end tokens."""
+    if checkpoint.is_local and Path(checkpoint.name, GENERATION_CONFIG_NAME).exists():
+        mend = "mend it, or remove it if the model needs none"
+        with _as_user_error(f"'{checkpoint.path}': {GENERATION_CONFIG_NAME} cannot be read", mend):
+            transformers.GenerationConfig.from_pretrained(checkpoint.name)
 
 
 def hub_options(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, Any]:

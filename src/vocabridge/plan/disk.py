@@ -20,7 +20,6 @@ from vocabridge.plan.models import PlannedModels
 from vocabridge.plan.optimizer_states import optimizer_state_bytes
 from vocabridge.plan.step import Part
 from vocabridge.recipe import Recipe
-from vocabridge.text import Example, read_examples
 
 
 def disk_parts(recipe: Recipe, models: PlannedModels) -> Iterator[Part]:
@@ -70,7 +69,7 @@ def cache_size(recipe: Recipe, models: PlannedModels) -> CaptureSize | None:
     if not all(Path(source.partition(":")[0]).exists() for source in sources):
         return None
     tokenizer = load_tokenizer(recipe.teacher)
-    examples = _examples(recipe.data.train, recipe.data.limit) + _examples(recipe.data.validation, None)
+    examples = recipe.data.training_examples() + recipe.data.validation_examples()
     rows = teacher_rows(examples, tokenizer, recipe.teacher, max_length=recipe.data.max_length)
     compute = dtype_name(models.teacher.dtype)
     chosen = (recipe.teacher.cache or CacheSpec()).dtype
@@ -82,10 +81,6 @@ def cache_size(recipe: Recipe, models: PlannedModels) -> CaptureSize | None:
         storage_dtype=compute if chosen == "auto" else chosen,
     )
     return capture_size(list({row.key: row for row in rows}.values()), key)
-
-
-def _examples(sources: tuple[str, ...], limit: int | None) -> list[Example]:
-    return [example for source in sources for example in read_examples(source, limit=limit)][:limit]
 
 
 def _learned_bytes(models: PlannedModels) -> int:

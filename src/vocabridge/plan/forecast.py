@@ -83,7 +83,7 @@ def forecast(recipe: Recipe, *, threads: int | None = None) -> Forecast | None:
 
 def _rows_of_a_pass(recipe: Recipe, pair_tokenizer: PairTokenizer) -> _Rows:
     limit = _SAMPLED_ROWS if recipe.data.streaming else recipe.data.limit
-    examples = read_examples(list(recipe.data.train), limit=limit)
+    examples = read_examples(recipe.data.train, limit=limit)
     pairs = [pair for pair in map(pair_tokenizer, examples[:_SAMPLED_ROWS]) if pair is not None]
     student = _mean(len(pair.student.input_ids) for pair in pairs)
     sides = [pair.teacher for pair in pairs if pair.teacher is not None]

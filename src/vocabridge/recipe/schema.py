@@ -17,6 +17,7 @@ from vocabridge.recipe.training import TrainingSettings
 from vocabridge.recipe.yaml_text import dump
 from vocabridge.settings import LARGEST_INTEGER, Name, Settings, real_path
 from vocabridge.suggest import did_you_mean
+from vocabridge.text import Example, read_examples
 
 
 def _one_or_many(given: Any) -> Any:
@@ -43,6 +44,18 @@ class DataSettings(Settings):
     """Use only the first so many training examples."""
     streaming: bool = False
     """Read the training data while training instead of before; needs ``training.max_steps``."""
+
+    def training_examples(self) -> list[Example]:
+        """All that is learned from, held in memory.
+
+        Raises:
+            UserError: a source is missing or empty, or a row is broken; names the file, line and field.
+        """
+        return read_examples(self.train, limit=self.limit)
+
+    def validation_examples(self) -> list[Example]:
+        """The same of ``validation``; an empty list where that names nothing."""
+        return read_examples(self.validation) if self.validation else []
 
 
 class EvaluationSettings(Settings):
