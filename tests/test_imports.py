@@ -41,6 +41,7 @@ LAYERS: list[set[str]] = [
     {"plan"},
     {"study"},
     {"report"},
+    {"command_line"},
     {"cli", "__main__"},
     {""},  # the package itself: public names
 ]

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperCommand
 
-from vocabridge.errors import UserError, visible
-from vocabridge.preemption import Preempted, sigterm_raises
-from vocabridge.ranks import FailedElsewhere, launched_ranks
+from vocabridge.command_line import ListCommand, check_json, run_app, stoppable
+from vocabridge.errors import UserError
+from vocabridge.preemption import Preempted
+from vocabridge.ranks import launched_ranks
 
 if TYPE_CHECKING:
     from vocabridge.recipe import Recipe
 
-INTERRUPTED = 130
-"""Exit status of a command stopped by Ctrl-C, as shells count it."""
-
-_UsageError: Any = typer.BadParameter.__base__
-"""Of words that no command takes; typer has no public name for it."""
-
 _SAME_COMMAND = "the same command goes on where it stopped"
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-"""A full or failing disk, a quota, a folder that may not be written: not bugs, so they need no traceback."""
 
 app = typer.Typer(
     help="Distil a large language model into a small one when the two have different tokenizers and vocabularies.",
@@ -54,80 +42,9 @@ DtypeOption = Annotated[
 EngineOption = Annotated[Literal["transformers", "vllm"], typer.Option(help="What generates; vllm must be installed.")]
 
 
-class _ListCommand(TyperCommand):
-    """Lets an option that may be repeated take several words at once: ``--seeds 10 20 30``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat such an option before each word that follows it."""
-        lists = {name for parameter in self.params if getattr(parameter, "multiple", False) for name in parameter.opts}
-        return super().parse_args(ctx, _repeat_options(args, lists))
-
-
-def _repeat_options(args: list[str], lists: set[str]) -> list[str]:
-    """``--seeds 10 20 --limit 3`` -> ``--seeds 10 --seeds 20 --limit 3``.
-
-    >>> _repeat_options(["M", "--seeds", "10", "20", "--limit", "3"], {"--seeds"})
-    ['M', '--seeds', '10', '--seeds', '20', '--limit', '3']
-    """
-    repeated: list[str] = []
-    option = ""
-    for position, word in enumerate(args):
-        if word.startswith("-"):
-            option = word if word in lists else ""
-        elif option and args[position - 1] != option:
-            repeated.append(option)
-        repeated.append(word)
-    return repeated
-
-
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit status 2, without a traceback."""
-    try:
-        sys.exit(app(prog_name="vocabridge", standalone_mode=False) or 0)
-    except FailedElsewhere:
-        sys.exit(2)
-    except _UsageError as error:
-        if message := error.format_message():  # none of a command without words, whose help has been shown
-            command = error.ctx.command_path if error.ctx else "vocabridge"
-            end = "" if message.endswith((".", "?")) else "."
-            print(f"error: {visible(message)}{end} See {command} --help.", file=sys.stderr)
-        sys.exit(2)
-    except UserError as error:
-        # A DataLoader worker's error comes back with its traceback in the message; the sentence is at its end.
-        for line in str(error).rpartition("UserError: ")[2].strip().split("\n"):
-            print(f"error: {visible(line)}", file=sys.stderr)  # it may quote a file that would move the cursor
-        sys.exit(2)
-    except BrokenPipeError:
-        # The reader (head, less) has gone; without this the interpreter complains again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
-            raise
-        place = f"{error.filename}: " if error.filename else ""
-        print(
-            f"error: {place}{error.strerror}; free some space or mend the permissions, and the same command goes on "
-            "(distill with --resume): what was finished before is whole.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-
-
-@contextmanager
-def _stoppable(hint: str) -> Iterator[None]:
-    """Long work: Ctrl-C leaves with exit status 130, SIGTERM (preemption) with 0, and both say how to go on."""
-    try:
-        with sigterm_raises():
-            yield
-    except KeyboardInterrupt as stop:
-        if _is_first():
-            print(f"interrupted; {hint}", file=sys.stderr)
-        raise typer.Exit(0 if isinstance(stop, Preempted) else INTERRUPTED) from None
-
-
-def _is_first() -> bool:
-    """Whether this process speaks for all that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
+    """Entry point."""
+    run_app(app, "vocabridge")
 
 
 def _show_version(wanted: bool) -> None:
@@ -160,7 +77,7 @@ def distill(
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other: one keeps the run folder, the other empties it.")
     words = ["vocabridge", "distill", str(recipe), *(overrides or []), "--resume"]
-    with _stoppable(f"go on with: {shlex.join(words)}"), launched_ranks() as ranks:
+    with stoppable(f"go on with: {shlex.join(words)}"), launched_ranks() as ranks:
         loaded = load_recipe(recipe, overrides or [])
         if ranks.is_first:
             _note_unused(loaded)
@@ -183,7 +100,7 @@ def cache_teacher(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Run the teacher over the recipe's data once and keep its hidden states for every later run."""
     from vocabridge.recipe import load_recipe
 
-    with _stoppable(_SAME_COMMAND), launched_ranks() as ranks:
+    with stoppable(_SAME_COMMAND), launched_ranks() as ranks:
         loaded = load_recipe(recipe, overrides or [])
         from vocabridge.run import write_teacher_cache
 
@@ -224,7 +141,7 @@ def plan(
     from vocabridge.plan.tables import plan_tables, verdict
     from vocabridge.recipe import load_recipe
 
-    _check_json(json)
+    check_json(json)
     size = parse_size(device_memory, option="--device-memory") if device_memory else accelerator_memory()
     planned = recipe_plan(
         load_recipe(recipe, overrides or []), strategy=strategy, world_size=world_size, device_memory=size
@@ -276,7 +193,7 @@ def inspect_pair(
     from vocabridge.pairs import PairTokenizer
     from vocabridge.text import read_examples
 
-    _check_json(json)
+    check_json(json)
     examples = read_examples(data, limit=limit)  # first: a mistake in the data shows before tokenizers load
     pair_tokenizer = PairTokenizer(
         load_tokenizer(ModelSpec(model=student)),
@@ -291,7 +208,7 @@ def inspect_pair(
         json.write_text(report.to_json(), encoding="utf-8")
 
 
-@app.command(cls=_ListCommand)
+@app.command(cls=ListCommand)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, checkpoint folder, hub id or .gguf file.")],
     data: Annotated[list[str], typer.Option(help="One or more files: --data a.jsonl b.jsonl")],
@@ -323,7 +240,7 @@ def evaluate(
 
     path = Path(model)
     folder = output_dir or (path / "evaluation" if path.is_dir() else Path("evaluations", path.name))
-    with _stoppable(_SAME_COMMAND), launched_ranks() as ranks:
+    with stoppable(_SAME_COMMAND), launched_ranks() as ranks:
         result = evaluate_model(
             ModelSpec(model=model, template=template, dtype=dtype),
             data,
@@ -361,7 +278,7 @@ def analyze(
     from vocabridge.analysis.tables import render_comparison, render_probe
     from vocabridge.analysis.training_distances import render_distances
 
-    with _stoppable("the run in hand was not written"):
+    with stoppable("the run in hand was not written"):
         analyses = analyze_runs(runs, data, output_dir=output, limit=limit, progress=True)
     console = Console()
     for analysis in analyses:
@@ -412,7 +329,7 @@ def study(
     print(f"{path}: {summary_line(list(found.statuses.values()))}")
     if outcome is not None and outcome.interrupted:
         words = ["vocabridge", "study", str(study), *(["--jobs", str(jobs)] if jobs > 1 else [])]
-        with _stoppable(f"go on with: {shlex.join(words)}"):
+        with stoppable(f"go on with: {shlex.join(words)}"):
             raise Preempted if outcome.preempted else KeyboardInterrupt
     if not results and any(status.state != "done" for status in found.statuses.values()):
         raise typer.Exit(1)
@@ -444,7 +361,7 @@ def report(
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
-@app.command("generate-data", cls=_ListCommand)
+@app.command("generate-data", cls=ListCommand)
 def generate_data(
     teacher: Annotated[str, typer.Argument(help="Run folder, checkpoint folder, hub id or .gguf file.")],
     data: Annotated[list[str], typer.Option(help="One or more files of prompts: --data a.jsonl b.jsonl")],
@@ -470,7 +387,7 @@ def generate_data(
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size
     )
-    with _stoppable(_SAME_COMMAND), launched_ranks() as ranks:
+    with stoppable(_SAME_COMMAND), launched_ranks() as ranks:
         written = generate(
             ModelSpec(model=teacher, template=template, dtype=dtype),
             data,
@@ -485,14 +402,6 @@ def generate_data(
     if ranks.is_first:
         left_out = f"{written.num_unfinished} unfinished and {written.num_empty} empty answers left out"
         print(f"{written.path}: {written.num_rows} rows; {left_out}")
-
-
-def _check_json(path: Path | None) -> None:
-    """Refuse a file that could not be written, before the work for it is done."""
-    if path and not path.parent.is_dir():
-        raise UserError(f"--json {path}: the folder {path.parent} does not exist.")
-    if path and path.is_dir():
-        raise UserError(f"--json {path} is a folder; name a file.")
 
 
 def _note_unused(recipe: Recipe) -> None:

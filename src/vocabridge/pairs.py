@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .alignment import chunk_ids, encode_continuation, token_bytes
-from .alignment.family import tokenizer_name
-from .errors import UserError
-from .prompts import PromptRenderer, Template, spelled_control_token
-from .text import Example, ExampleSource, iter_examples
+from vocabridge.alignment import chunk_ids, encode_continuation, token_bytes
+from vocabridge.alignment.family import tokenizer_name
+from vocabridge.errors import UserError
+from vocabridge.prompts import PromptRenderer, Template, spelled_control_token
+from vocabridge.text import Example, ExampleSource, iter_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+INTERRUPTED = 130
+"""Exit status of a process that Ctrl-C stopped, as shells count it."""
+
 
 class Preempted(KeyboardInterrupt):
     """SIGTERM came; whoever cleans up after Ctrl-C cleans up after this, and the exit status is 0 and not 130."""

@@ -12,10 +12,10 @@ import inspect
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from .alignment import byte_spans
-from .alignment.family import tokenizer_name
-from .errors import UserError
-from .text import Example, Message
+from vocabridge.alignment import byte_spans
+from vocabridge.alignment.family import tokenizer_name
+from vocabridge.errors import UserError
+from vocabridge.text import Example, Message
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase

@@ -26,8 +26,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, visible
-from .suggest import did_you_mean
+from vocabridge.errors import UserError, visible
+from vocabridge.suggest import did_you_mean
 
 ALPACA_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

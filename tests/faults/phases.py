@@ -17,9 +17,8 @@ import yaml
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerFast
 
+from faults.starts import Ended, Fault, ForkServer
 from tiny_pair import ROWS, save_pair
-
-from .starts import Ended, Fault, ForkServer
 
 Found = Mapping[str, Any]
 """Names and contents of results."""

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UserError
-from ..losses.chunked_head import HeadInput, token_log_probs
-from ..models.forward import forward_side
-from ..models.loading import vocabulary_size
-from ..pairs import IGNORE_INDEX, PairTokenizer, TokenizedSide
-from ..prompts import Template
-from ..ranks import Ranks
-from ..text import Example
-from .generation import inference, length_buckets
+from vocabridge.errors import UserError
+from vocabridge.evaluation.generation import inference, length_buckets
+from vocabridge.losses.chunked_head import HeadInput, token_log_probs
+from vocabridge.models.forward import forward_side
+from vocabridge.models.loading import vocabulary_size
+from vocabridge.pairs import IGNORE_INDEX, PairTokenizer, TokenizedSide
+from vocabridge.prompts import Template
+from vocabridge.ranks import Ranks
+from vocabridge.text import Example
 
 
 @dataclass(frozen=True, slots=True)

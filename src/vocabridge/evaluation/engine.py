@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..errors import UserError
-from ..models.spec import Engine
+from vocabridge.errors import UserError
+from vocabridge.models.spec import Engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,21 +10,21 @@ from pathlib import Path
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..fingerprints import data_fingerprint, model_fingerprint
-from ..models.loading import check_tokenizer_matches, load_model, load_tokenizer
-from ..models.spec import Engine, ModelSpec
-from ..prompts import Template
-from ..ranks import Ranks
-from ..text import Example
-from .bits import ReferenceBits, row_bits
-from .engine import Generation, GenerationEngine, GenerationSettings, engine_settings
-from .metrics import percentage, score_example
-from .plan import PAPER_SEEDS, DataFile, DataFiles, EvaluationPlan, plan_evaluation
-from .responses import Responder, generation_progress
-from .results import EvaluationResult, FileResult, SeedScores, domain_average
-from .run_folder import Manifest, Overwrite, Record, RunFolder, damaged
-from .statistics import mean_std
-from .vllm_engine import VllmModel, check_vllm
+from vocabridge.evaluation.bits import ReferenceBits, row_bits
+from vocabridge.evaluation.engine import Generation, GenerationEngine, GenerationSettings, engine_settings
+from vocabridge.evaluation.metrics import percentage, score_example
+from vocabridge.evaluation.plan import PAPER_SEEDS, DataFile, DataFiles, EvaluationPlan, plan_evaluation
+from vocabridge.evaluation.responses import Responder, generation_progress
+from vocabridge.evaluation.results import EvaluationResult, FileResult, SeedScores, domain_average
+from vocabridge.evaluation.run_folder import Manifest, Overwrite, Record, RunFolder, damaged
+from vocabridge.evaluation.statistics import mean_std
+from vocabridge.evaluation.vllm_engine import VllmModel, check_vllm
+from vocabridge.fingerprints import data_fingerprint, model_fingerprint
+from vocabridge.models.loading import check_tokenizer_matches, load_model, load_tokenizer
+from vocabridge.models.spec import Engine, ModelSpec
+from vocabridge.prompts import Template
+from vocabridge.ranks import Ranks
+from vocabridge.text import Example
 
 
 def evaluate_model(

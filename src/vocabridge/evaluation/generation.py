@@ -26,8 +26,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..models.heads import base_model
-from .engine import Generation, GenerationSettings, OutputTokens, cut_at_end
+from vocabridge.evaluation.engine import Generation, GenerationSettings, OutputTokens, cut_at_end
+from vocabridge.models.heads import base_model
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from ..errors import UserError
-from ..suggest import did_you_mean
-from ..text import Example, ExampleSource, read_examples
-from .engine import GenerationSettings
+from vocabridge.errors import UserError
+from vocabridge.evaluation.engine import GenerationSettings
+from vocabridge.suggest import did_you_mean
+from vocabridge.text import Example, ExampleSource, read_examples
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)
 

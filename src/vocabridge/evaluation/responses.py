@@ -9,15 +9,15 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UserError
-from ..models.loading import vocabulary_size
-from ..prompts import PromptRenderer, Template
-from ..ranks import Ranks
-from ..text import Example
-from .engine import Generation, GenerationEngine, GenerationSettings, OutputTokens
-from .generation import TransformersEngine
-from .run_folder import PredictionFile, Record
-from .vllm_engine import VllmEngine, VllmModel
+from vocabridge.errors import UserError
+from vocabridge.evaluation.engine import Generation, GenerationEngine, GenerationSettings, OutputTokens
+from vocabridge.evaluation.generation import TransformersEngine
+from vocabridge.evaluation.run_folder import PredictionFile, Record
+from vocabridge.evaluation.vllm_engine import VllmEngine, VllmModel
+from vocabridge.models.loading import vocabulary_size
+from vocabridge.prompts import PromptRenderer, Template
+from vocabridge.ranks import Ranks
+from vocabridge.text import Example
 
 MakeRecord = Callable[[Example, Generation, str], Record]
 """What is kept of one response: ``(example, generation, its text) -> record`` without ``index``."""

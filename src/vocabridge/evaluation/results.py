@@ -11,9 +11,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from .bits import ReferenceBits
-from .engine import GenerationSettings
-from .statistics import MeanStd, mean_std
+from vocabridge.evaluation.bits import ReferenceBits
+from vocabridge.evaluation.engine import GenerationSettings
+from vocabridge.evaluation.statistics import MeanStd, mean_std
 
 
 @dataclass(frozen=True, slots=True)

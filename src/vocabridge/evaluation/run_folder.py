@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..durable import open_to_append, write_in_one_piece
-from ..errors import UserError, one_line
+from vocabridge.durable import open_to_append, write_in_one_piece
+from vocabridge.errors import UserError, one_line
 
 _MANIFEST = "manifest.json"
 _RESULTS = "results.json"

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import UserError, one_line
-from ..models.checkpoint import find_checkpoint
-from ..models.dtypes import dtype_name
-from ..models.spec import Dtype, ModelSpec
-from .engine import Generation, GenerationSettings, OutputTokens, cut_at_end
+from vocabridge.errors import UserError, one_line
+from vocabridge.evaluation.engine import Generation, GenerationSettings, OutputTokens, cut_at_end
+from vocabridge.models.checkpoint import find_checkpoint
+from vocabridge.models.dtypes import dtype_name
+from vocabridge.models.spec import Dtype, ModelSpec
 
 ROWS_AT_ONCE = 1024
 """vLLM packs batches itself; this many answers are lost at most when a run is interrupted."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from .reading import Reader
+from vocabridge.report.reading import Reader
 
 
 class _Record(BaseModel):

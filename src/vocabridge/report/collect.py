@@ -9,14 +9,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..errors import UserError
-from ..settings import real_path
-from ..study.plan import StudyPlan, load_study, run_folder
-from ..study.results import RESULTS_FILE, study_results
-from ..study.status import results_file
-from .analysis_files import AnalysisFiles, read_analysis
-from .reading import Log, Reader, with_relative_paths
-from .study_record import RunRecord, StudyRecord
+from vocabridge.errors import UserError
+from vocabridge.report.analysis_files import AnalysisFiles, read_analysis
+from vocabridge.report.reading import Log, Reader, with_relative_paths
+from vocabridge.report.study_record import RunRecord, StudyRecord
+from vocabridge.settings import real_path
+from vocabridge.study.plan import StudyPlan, load_study, run_folder
+from vocabridge.study.results import RESULTS_FILE, study_results
+from vocabridge.study.status import results_file
 
 PAIR_FILE = "tokenizer-pair.json"
 """Where the report looks for what ``vocabridge inspect-pair --json`` wrote: in the study's or the run's folder."""

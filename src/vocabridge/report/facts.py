@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from ..study.status import RECIPE_FILE
-from ..study.tables import duration, gigabytes
-from .collect import PairFile, Report, Run
-from .reading import with_relative_paths
-from .view import MISSING, Cell, Table, number, words
-from .wording import plain
+from vocabridge.report.collect import PairFile, Report, Run
+from vocabridge.report.reading import with_relative_paths
+from vocabridge.report.view import MISSING, Cell, Table, number, words
+from vocabridge.report.wording import plain
+from vocabridge.study.status import RECIPE_FILE
+from vocabridge.study.tables import duration, gigabytes
 
 _MOST_CHUNK_SIZES = 8
 _MEMORY = ("before_init_mem_{}", "init_mem_{}_alloc_delta", "train_mem_{}_alloc_delta", "train_mem_{}_peaked_delta")

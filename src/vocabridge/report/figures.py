@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .analysis_files import PointCloud
-from .curves import Band, Curve
+from vocabridge.report.analysis_files import PointCloud
+from vocabridge.report.curves import Band, Curve
 
 _OTHERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a63d2")
 _BASELINE = "#7a828e"

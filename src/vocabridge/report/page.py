@@ -20,15 +20,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .collect import PAIR_FILE, Report
-from .curves import MAX_POINTS
-from .facts import commands, cost_table, environment_table, flat_recipe, pair_tables, recipes
-from .figures import line_styles
-from .probe_tables import cloud_charts, heatmap_browser, probe_tables
-from .results_tables import results
-from .training_charts import training
-from .view import Chart
-from .wording import summary
+from vocabridge.report.collect import PAIR_FILE, Report
+from vocabridge.report.curves import MAX_POINTS
+from vocabridge.report.facts import commands, cost_table, environment_table, flat_recipe, pair_tables, recipes
+from vocabridge.report.figures import line_styles
+from vocabridge.report.probe_tables import cloud_charts, heatmap_browser, probe_tables
+from vocabridge.report.results_tables import results
+from vocabridge.report.training_charts import training
+from vocabridge.report.view import Chart
+from vocabridge.report.wording import summary
 
 _SCRIPTS = ("report.js", "heatmap.js")
 

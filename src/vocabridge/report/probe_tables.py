@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .analysis_files import Estimate, GroupChange, GroupResult, HeatmapExample, Probe, RepetitionEffect
-from .collect import Report, Run
-from .figures import cloud_figure
-from .view import MISSING, Cell, Chart, Table, number, with_interval, words
+from vocabridge.report.analysis_files import Estimate, GroupChange, GroupResult, HeatmapExample, Probe, RepetitionEffect
+from vocabridge.report.collect import Report, Run
+from vocabridge.report.figures import cloud_figure
+from vocabridge.report.view import MISSING, Cell, Chart, Table, number, with_interval, words
 
 MAX_HEATMAP_CHARS = 2_000_000
 """Of all heatmaps together as JSON, which is packed to about a fifth; so that a page stays below a few megabytes."""

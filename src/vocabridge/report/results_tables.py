@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .collect import Report, Run
-from .figures import Difference, difference_figure
-from .study_record import AVERAGES, ComparisonRecord, Metric, StudyRecord, SummaryRecord
-from .view import MISSING, Cell, Chart, Table, number, with_interval, words
-from .wording import ALPHA, METRIC_TITLES, against_others, digits, p_value, scope_title
+from vocabridge.report.collect import Report, Run
+from vocabridge.report.figures import Difference, difference_figure
+from vocabridge.report.study_record import AVERAGES, ComparisonRecord, Metric, StudyRecord, SummaryRecord
+from vocabridge.report.view import MISSING, Cell, Chart, Table, number, with_interval, words
+from vocabridge.report.wording import ALPHA, METRIC_TITLES, against_others, digits, p_value, scope_title
 
 _UNITS: Mapping[Metric, str] = {
     "rouge_l": "ROUGE-L points",

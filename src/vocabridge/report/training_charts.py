@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from .collect import Report, Run
-from .curves import band, thinned
-from .figures import LineStyle, VariantCurves, curve_figure
-from .metric_names import MetricName, metric_name
-from .view import MISSING, Cell, Chart, Table, number, words
+from vocabridge.report.collect import Report, Run
+from vocabridge.report.curves import band, thinned
+from vocabridge.report.figures import LineStyle, VariantCurves, curve_figure
+from vocabridge.report.metric_names import MetricName, metric_name
+from vocabridge.report.view import MISSING, Cell, Chart, Table, number, words
 
 _LOG_SCALE_FROM = 20  # so that at least one power of ten lies between the ends
 _FIRST = ("loss", "cross_entropy", "eval_loss", "student_accuracy")

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .collect import Report
-from .study_record import AVERAGES, ComparisonRecord, Metric, Power, StudyRecord
-from .view import listed
+from vocabridge.report.collect import Report
+from vocabridge.report.study_record import AVERAGES, ComparisonRecord, Metric, Power, StudyRecord
+from vocabridge.report.view import listed
 
 ALPHA = 0.05
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from ..errors import UserError
-from ..preemption import sigterm_raises
-from ..recipe import Recipe, load_recipe
-from .status import (
+from vocabridge.errors import UserError
+from vocabridge.preemption import INTERRUPTED, sigterm_raises
+from vocabridge.recipe import Recipe, load_recipe
+from vocabridge.study.status import (
     RECIPE_FILE,
     RunStatus,
     read_status,
@@ -27,9 +27,6 @@ from .status import (
     run_lock,
     write_status,
 )
-
-INTERRUPTED = 130
-"""Exit status of a process that was told to stop, as shells count it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +89,7 @@ def _outcome(recipe: Recipe, train: Train) -> dict[str, object]:
 
 
 def _distill(recipe: Recipe) -> Trained:
-    from ..run import distill
+    from vocabridge.run import distill
 
     result = distill(recipe, resume=True)
     return Trained(steps=result.steps, interrupted=result.interrupted)

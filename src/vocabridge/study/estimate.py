@@ -9,12 +9,12 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from .plan import PlannedRun, StudyPlan
-from .runner import threads_of_a_run
-from .status import RunStatus
+from vocabridge.study.plan import PlannedRun, StudyPlan
+from vocabridge.study.runner import threads_of_a_run
+from vocabridge.study.status import RunStatus
 
 if TYPE_CHECKING:
-    from ..plan.forecast import Forecast  # imports torch
+    from vocabridge.plan.forecast import Forecast  # imports torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def first_guesses(plan: StudyPlan, statuses: Mapping[PlannedRun, RunStatus], *, 
     """Forecasts by variant while no run is done; after that runs tell more, and models and data are not looked at."""
     if any(status.state == "done" for status in statuses.values()):
         return {}
-    from ..plan.forecast import forecast
+    from vocabridge.plan.forecast import forecast
 
     found = {}
     for run in plan.runs[: len(plan.variants)]:  # every variant with the first seed

@@ -30,12 +30,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from ..errors import UserError
-from ..recipe import Recipe, yaml_text
-from ..recipe.loading import Source, build_recipe, make_absolute, read_recipe_file, set_value
-from ..recipe.problems import Problem, boolean_problems, validation_problems, without_echoes
-from ..settings import Name, Settings, real_path
-from ..suggest import did_you_mean
+from vocabridge.errors import UserError
+from vocabridge.recipe import Recipe, yaml_text
+from vocabridge.recipe.loading import Source, build_recipe, make_absolute, read_recipe_file, set_value
+from vocabridge.recipe.problems import Problem, boolean_problems, validation_problems, without_echoes
+from vocabridge.settings import Name, Settings, real_path
+from vocabridge.suggest import did_you_mean
 
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _SET_BY_THE_STUDY = {

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..durable import write_in_one_piece
-from ..errors import UserError
-from ..evaluation.statistics import mean_std
-from .plan import PlannedRun, StudyPlan
-from .scores import METRICS, Metric, PairedExamples, Scope, Score, run_scores
-from .statistics import (
+from vocabridge.durable import write_in_one_piece
+from vocabridge.errors import UserError
+from vocabridge.evaluation.statistics import mean_std
+from vocabridge.study.plan import PlannedRun, StudyPlan
+from vocabridge.study.scores import METRICS, Metric, PairedExamples, Scope, Score, run_scores
+from vocabridge.study.statistics import (
     EffectSize,
     Interval,
     PermutationTest,
@@ -27,7 +27,7 @@ from .statistics import (
     seeds_needed,
     sign_flip_test,
 )
-from .status import RunStatus, current_status
+from vocabridge.study.status import RunStatus, current_status
 
 VERSION = 2
 RESULTS_FILE = "study.json"

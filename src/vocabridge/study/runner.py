@@ -21,11 +21,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..durable import open_to_append, write_in_one_piece
-from ..errors import UserError
-from .child import INTERRUPTED
-from .plan import PlannedRun, StudyPlan
-from .status import LOG_FILE, RECIPE_FILE, RunStatus, current_status, is_locked, read_status, write_status
+from vocabridge.durable import open_to_append, write_in_one_piece
+from vocabridge.errors import UserError
+from vocabridge.preemption import INTERRUPTED
+from vocabridge.study.plan import PlannedRun, StudyPlan
+from vocabridge.study.status import (
+    LOG_FILE,
+    RECIPE_FILE,
+    RunStatus,
+    current_status,
+    is_locked,
+    read_status,
+    write_status,
+)
 
 _POLL_SECONDS = 0.1
 _STUDY_LOCK = ".study.lock"

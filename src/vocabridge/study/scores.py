@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import UserError
-from .plan import PlannedRun
-from .status import results_file
+from vocabridge.errors import UserError
+from vocabridge.study.plan import PlannedRun
+from vocabridge.study.status import results_file
 
 Metric = Literal["rouge_l", "exact_match", "bits_per_byte"]
 METRICS: tuple[Metric, ...] = ("rouge_l", "exact_match", "bits_per_byte")

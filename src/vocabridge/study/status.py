@@ -23,11 +23,11 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from ..durable import write_in_one_piece
-from ..errors import UserError
-from ..recipe import Recipe, load_recipe
-from ..settings import Settings
-from .plan import PlannedRun
+from vocabridge.durable import write_in_one_piece
+from vocabridge.errors import UserError
+from vocabridge.recipe import Recipe, load_recipe
+from vocabridge.settings import Settings
+from vocabridge.study.plan import PlannedRun
 
 STATUS_FILE = "study-status.json"
 RECIPE_FILE = "study-recipe.yaml"

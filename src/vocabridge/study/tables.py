@@ -13,14 +13,14 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .estimate import estimate, total_seconds
-from .plan import PlannedRun, StudyPlan
-from .results import ALPHA, DIFFERENCE_TO_SEE, Comparison, StudyResult, Summary, Tested
-from .scores import Metric, Scope
-from .status import RunStatus
+from vocabridge.study.estimate import estimate, total_seconds
+from vocabridge.study.plan import PlannedRun, StudyPlan
+from vocabridge.study.results import ALPHA, DIFFERENCE_TO_SEE, Comparison, StudyResult, Summary, Tested
+from vocabridge.study.scores import Metric, Scope
+from vocabridge.study.status import RunStatus
 
 if TYPE_CHECKING:
-    from ..plan.forecast import Forecast  # imports torch
+    from vocabridge.plan.forecast import Forecast  # imports torch
 
 _TITLES: dict[Metric, str] = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "bits_per_byte": "bits/byte"}
 
