@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vocabridge.study.plan import PlannedRun
-from vocabridge.study.status import RunStatus, recipe_fingerprint, recipe_in_place_fingerprint, write_status
+from vocabridge.study.status import RECIPE_FILE, RunStatus, recipe_fingerprint, write_status
 
 BASE: dict[str, Any] = {
     "data": {"train": "org/rows"},
@@ -90,10 +90,11 @@ def finish(run: PlannedRun, examples: Mapping[str, Mapping[int, list[float]]], *
     """Make a planned run look done."""
     run.folder.mkdir(parents=True)
     write_evaluation(run.folder, examples, bits=bits)
+    (run.folder / RECIPE_FILE).write_text(run.recipe.resolved_yaml())
     status = RunStatus(
         state="done",
         recipe=recipe_fingerprint(run.recipe),
-        recipe_in_place=recipe_in_place_fingerprint(run.recipe),
+        folder=str(run.folder.absolute()),
         seconds=8.0,
         sessions=1,
         steps=4,

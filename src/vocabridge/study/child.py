@@ -18,12 +18,12 @@ from filelock import Timeout
 from vocabridge.errors import UserError
 from vocabridge.preemption import INTERRUPTED, sigterm_raises
 from vocabridge.recipe import Recipe, load_recipe
+from vocabridge.settings import real_path
 from vocabridge.study.status import (
     RECIPE_FILE,
     RunStatus,
     read_status,
     recipe_fingerprint,
-    recipe_in_place_fingerprint,
     run_lock,
     write_status,
 )
@@ -59,7 +59,7 @@ def run_child(folder: Path, train: Train) -> int:
         running = RunStatus(
             state="running",
             recipe=recipe_fingerprint(recipe),
-            recipe_in_place=recipe_in_place_fingerprint(recipe),
+            folder=str(real_path(folder)),
             seconds=before.seconds,
             sessions=before.sessions + 1,
         )

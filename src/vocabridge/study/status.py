@@ -25,8 +25,9 @@ from pydantic import ValidationError
 
 from vocabridge.durable import write_in_one_piece
 from vocabridge.errors import UserError
-from vocabridge.recipe import Recipe, load_recipe
-from vocabridge.settings import Settings
+from vocabridge.recipe import Recipe, recipe_from_values
+from vocabridge.recipe.loading import read_recipe_file
+from vocabridge.settings import Settings, real_path
 from vocabridge.study.plan import PlannedRun
 
 STATUS_FILE = "study-status.json"
@@ -46,8 +47,8 @@ class RunStatus(Settings):
     """Why it failed."""
     recipe: str = ""
     """Fingerprint of the recipe that was trained; another one makes the run pending again."""
-    recipe_in_place: str = ""
-    """The same with every file named as seen from the run folder."""
+    folder: str = ""
+    """Where the run lay when it was trained."""
     seconds: float = 0.0
     """Time of all its processes that ended by themselves, training and evaluation, in seconds."""
     sessions: int = 0
@@ -87,16 +88,32 @@ def current_status(run: PlannedRun) -> RunStatus:
 
 
 def _was_trained(run: PlannedRun, status: RunStatus) -> bool:
-    """Whether a finished run is of the planned recipe; settings that were not known then stood at their defaults."""
+    """Whether a finished run is of the planned recipe.
+
+    Settings that were not known then stood at their defaults, and a study may be moved with what it reads.
+    """
     planned = recipe_fingerprint(run.recipe)
-    if status.recipe == planned or status.recipe_in_place == recipe_in_place_fingerprint(run.recipe):
+    if status.recipe == planned:
         return True
     file = run.folder / RECIPE_FILE
     try:
-        is_of_the_run = fingerprint(file.read_text(encoding="utf-8")) == status.recipe
-        return is_of_the_run and recipe_fingerprint(load_recipe(file)) == planned
+        if fingerprint(file.read_text(encoding="utf-8")) != status.recipe:
+            return False
+        before = _as_moved(read_recipe_file(file).values, run.recipe.values(), status.folder, real_path(run.folder))
+        return recipe_fingerprint(recipe_from_values(before)) == planned
     except (OSError, ValueError, UserError):
         return False
+
+
+def _as_moved(before: Any, planned: Any, old: str, new: Path) -> Any:
+    """Values of a recipe in which a path is the planned one where both are the same as seen from the run folders."""
+    if isinstance(before, dict) and isinstance(planned, dict):
+        return {key: _as_moved(value, planned.get(key), old, new) for key, value in before.items()}
+    if isinstance(before, list) and isinstance(planned, list) and len(before) == len(planned):
+        return [_as_moved(*values, old, new) for values in zip(before, planned, strict=True)]
+    paths = [value for value in (before, planned) if isinstance(value, str) and os.path.isabs(value)]
+    is_moved = old and len(paths) == 2 and os.path.relpath(before, old) == os.path.relpath(planned, new)
+    return planned if is_moved else before
 
 
 def results_file(folder: Path) -> Path:
@@ -134,25 +151,5 @@ def recipe_fingerprint(recipe: Recipe) -> str:
 
 def fingerprint(resolved: str) -> str:
     """As above, of the text of a resolved recipe."""
-    return _hash(re.sub(r"^  output_dir: .*$", "", resolved, count=1, flags=re.MULTILINE))
-
-
-def recipe_in_place_fingerprint(recipe: Recipe) -> str:
-    """The same wherever a study lies, as long as its data and models lie beside it as they did."""
-    values = recipe.values()
-    training = dict(values.pop("training"))
-    folder = os.path.abspath(training.pop("output_dir"))
-    return _hash(json.dumps(_seen_from(folder, {**values, "training": training}), sort_keys=True))
-
-
-def _seen_from(folder: str, value: Any) -> Any:
-    """A recipe's values, absolute paths made relative to a folder."""
-    if isinstance(value, dict):
-        return {key: _seen_from(folder, each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_seen_from(folder, each) for each in value]
-    return os.path.relpath(value, folder) if isinstance(value, str) and os.path.isabs(value) else value
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    without_folder = re.sub(r"^  output_dir: .*$", "", resolved, count=1, flags=re.MULTILINE)
+    return hashlib.sha256(without_folder.encode()).hexdigest()[:16]
