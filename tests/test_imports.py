@@ -15,7 +15,7 @@ import vocabridge.recipe
 PACKAGE = Path(vocabridge.recipe.__file__).parents[1]
 
 LAYERS: list[set[str]] = [
-    {"errors", "suggest", "settings", "durable", "preemption"},
+    {"errors", "suggest", "settings", "durable", "preemption", "metrics_log"},
     {"ranks"},
     {"objectives.config", "matching.config"},  # plain settings, read without torch by the objective registry
     {"text"},

@@ -149,6 +149,13 @@ def test_log_has_every_term_and_diagnostic(make_trainer):
         assert [json.loads(line) for line in stream] == history
 
 
+def test_every_seed_is_probed_on_the_same_rows(make_trainer):
+    trainers = [make_trainer(seed=seed, folder=str(seed), diagnostics_examples=3) for seed in (1, 2)]
+    ids = [trainer._probe()["input_ids"] for trainer in trainers]
+    assert torch.equal(*ids)
+    assert len(ids[0]) == 3
+
+
 def test_loss_falls(make_trainer):
     trainer = make_trainer(GAN, max_steps=30, learning_rate=5e-3)
     trainer.train()

@@ -19,13 +19,13 @@ from vocabridge.checkpoint_files import retire
 from vocabridge.distillation_model import DistillationModel
 from vocabridge.durable import write_in_one_piece
 from vocabridge.errors import UserError
+from vocabridge.metrics_log import METRICS_FILE
 from vocabridge.objectives.base import Objective
 from vocabridge.resuming import ResumableTrainer
 from vocabridge.saving import STAGING, load_parts, publish, save_parts, staged_folder
 from vocabridge.sharded_state import gather_optimizer, gather_weights, load_optimizer, load_weights
 from vocabridge.sharding import is_sharded
 
-METRICS_FILE = "metrics.jsonl"
 _DEEPSPEED_FILE = "latest"
 
 

@@ -20,7 +20,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from vocabridge.cache_teacher import Processes, cache_teacher
 from vocabridge.checkpoint_files import check_whole, last_whole_checkpoint
-from vocabridge.checkpointing import METRICS_FILE
 from vocabridge.durable import write_in_one_piece
 from vocabridge.errors import UserError, one_line
 from vocabridge.evaluation.engine import GenerationSettings
@@ -28,6 +27,7 @@ from vocabridge.evaluation.evaluate import evaluate_model
 from vocabridge.evaluation.plan import EvaluationPlan, plan_evaluation
 from vocabridge.evaluation.responses import Responder
 from vocabridge.evaluation.results import EvaluationResult
+from vocabridge.metrics_log import METRICS_FILE
 from vocabridge.model_card import write_model_card
 from vocabridge.models.cached_teacher import CachedTeacher
 from vocabridge.models.loading import load_student, load_teacher, load_tokenizer, resolve_dtype

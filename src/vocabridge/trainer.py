@@ -28,13 +28,13 @@ from vocabridge.assembly import (
 )
 from vocabridge.batching import check_batches
 from vocabridge.checkpoint_contents import check_contents, check_weights
-from vocabridge.checkpointing import METRICS_FILE
 from vocabridge.compilation import compile_trunks, take_over_compilation
 from vocabridge.diagnostics import DiagnosticsCallback
 from vocabridge.distillation_model import DistillationModel, tally_dtype
 from vocabridge.durable import open_to_append
 from vocabridge.errors import UserError, one_line
 from vocabridge.interrupt import InterruptCallback
+from vocabridge.metrics_log import METRICS_FILE
 from vocabridge.models.cached_teacher import CachedTeacher, teacher_signal
 from vocabridge.models.forward import check_head
 from vocabridge.models.loading import vocabulary_size
@@ -345,11 +345,11 @@ class DistillationTrainer(OptimizingTrainer):
         return self._probe_batch
 
     def _first_pairs(self, size: int) -> list[Any]:
-        """A fixed choice of training pairs: by seed, or the first ones of a stream."""
+        """The same training pairs whatever the seed, so that runs compare: chosen at random, or a stream's first."""
         if not isinstance(self.train_dataset, PairDataset):
             return list(islice(iter(cast(EndlessPairs, self.train_dataset)), size))
         size = min(size, len(self.train_dataset))
-        chosen = random.Random(self.args.seed).sample(range(len(self.train_dataset)), size)
+        chosen = random.Random(0).sample(range(len(self.train_dataset)), size)
         return [self.train_dataset[index] for index in chosen]
 
     def evaluate(

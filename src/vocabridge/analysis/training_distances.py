@@ -25,8 +25,8 @@ from rich.text import Text
 from vocabridge.analysis.attention import Points
 from vocabridge.errors import UserError
 from vocabridge.losses.distances import BANDWIDTH_FACTORS
+from vocabridge.metrics_log import METRICS_FILE, parse_log
 from vocabridge.objectives._cross_model_attention import distances
-from vocabridge.trainer import METRICS_FILE
 
 _PREFIX = "probe/"
 
@@ -69,18 +69,15 @@ def training_distances(folder: Path, *, part: str = "") -> DistanceTable:
     """
     path = folder / METRICS_FILE
     prefix = f"{_PREFIX}{part}/" if part else _PREFIX
-    rows: dict[int, dict[str, float]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            measured = {name.removeprefix(prefix): entry[name] for name in entry if name.startswith(prefix)}
-            if measured:
-                rows[int(entry["step"])] = measured
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: is no log entry of a run; remove the line.") from error
-    names = dict.fromkeys(name for values in rows.values() for name in values)
-    return DistanceTable(tuple(names), tuple(DistanceRow(step, rows[step]) for step in sorted(rows)))
+    log = parse_log(path.read_text(encoding="utf-8") if path.is_file() else "")
+    if log.broken:
+        raise UserError(f"{path}:{log.broken[0]}: is no log entry of a run; remove the line.")
+    measured = {name.removeprefix(prefix): log.values[name] for name in log.values if name.startswith(prefix)}
+    steps = sorted({step for values in measured.values() for step in values})
+    rows = (
+        DistanceRow(step, {name: values[step] for name, values in measured.items() if step in values}) for step in steps
+    )
+    return DistanceTable(tuple(measured), tuple(rows))
 
 
 def data_distances(points: Points) -> StageDistances:

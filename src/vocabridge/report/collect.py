@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vocabridge.errors import UserError
+from vocabridge.metrics_log import METRICS_FILE, Log
 from vocabridge.report.analysis_files import AnalysisFiles, read_analysis
-from vocabridge.report.reading import Log, Reader, with_relative_paths
+from vocabridge.report.reading import Reader, with_relative_paths
 from vocabridge.report.study_record import RunRecord, StudyRecord
 from vocabridge.settings import real_path
 from vocabridge.study.plan import StudyPlan, load_study, run_folder
@@ -20,8 +21,6 @@ from vocabridge.study.status import results_file
 
 PAIR_FILE = "tokenizer-pair.json"
 """Where the report looks for what ``vocabridge inspect-pair --json`` wrote: in the study's or the run's folder."""
-
-_METRICS_FILE = "metrics.jsonl"  # the trainer's own constant would import torch
 
 
 class PairSide(BaseModel):
@@ -110,7 +109,7 @@ def collect(path: Path) -> Report:
         return _study_report(path, load_study(path))
     if (path / RESULTS_FILE).is_file():
         return _folder_report(path)
-    if any((path / name).is_file() for name in ("recipe.yaml", _METRICS_FILE, "run.json")):
+    if any((path / name).is_file() for name in ("recipe.yaml", METRICS_FILE, "run.json")):
         return _run_report(path)
     if (path / "runs").is_dir():
         raise UserError(f"{path} has no {RESULTS_FILE} yet; name the study's YAML file instead of its folder.")
@@ -173,7 +172,7 @@ def _run(record: RunRecord, folder: Path, reader: Reader) -> Run:
     return Run(
         record=record.model_copy(update={"message": with_relative_paths(record.message)}),
         folder=folder,
-        log=reader.log(folder / _METRICS_FILE),
+        log=reader.log(folder / METRICS_FILE),
         environment=reader.mapping(folder / "run.json"),
         recipe=None if recipe is None else with_relative_paths(recipe),
         evaluation=reader.mapping(results_file(folder)),

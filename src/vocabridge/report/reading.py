@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-_Model = TypeVar("_Model", bound=BaseModel)
+from vocabridge.metrics_log import Log, parse_log
 
-Log = Mapping[str, Mapping[int, float]]
-"""Name -> step -> value."""
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def with_relative_paths(text: str) -> str:
@@ -66,23 +64,8 @@ class Reader:
             self.notes.append(f"{path} has not the expected content ({f'{place}: ' * bool(place)}{first['msg']}).")
             return None
 
-    def log(self, path: Path) -> dict[str, dict[int, float]]:
-        """A run's ``metrics.jsonl``; of a step logged twice the later value, NaN and infinity as they are.
-
-        A last line without its end is being written and left out.
-        """
-        lines = (self.text(path) or "").splitlines(keepends=True)
-        values: dict[str, dict[int, float]] = {}
-        for number, line in enumerate(lines, start=1):
-            try:
-                entry = json.loads(line)
-                step = int(entry["step"])
-                numbers = {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-                if number < len(lines) or line.endswith("\n"):
-                    self.notes.append(f"{path}:{number} is no log entry and was left out.")
-                continue
-            for name, value in numbers.items():
-                values.setdefault(name, {})[step] = value
-        values.pop("step", None)
-        return values
+    def log(self, path: Path) -> Log:
+        """A run's ``metrics.jsonl``."""
+        log = parse_log(self.text(path) or "")
+        self.notes += [f"{path}:{number} is no log entry and was left out." for number in log.broken]
+        return log.values
