@@ -223,6 +223,17 @@ def test_light_and_dark(browser: Chrome, pages: Path) -> None:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+def test_a_browser_that_knows_no_light_dark_shows_the_light_page(browser: Chrome, pages: Path, tmp_path: Path) -> None:
+    page = tmp_path / "old.html"
+    page.write_text((pages / "full.html").read_text(encoding="utf-8").replace("light-dark(", "unknown("), "utf-8")
+    open_page(browser, page)
+    colour = "return getComputedStyle(document.documentElement).getPropertyValue(arguments[0]).trim()"
+    colours = {name: browser.execute_script(colour, name) for name in ("--paper", "--ink", "--inside", "--outside")}
+    assert all(value.startswith("#") for value in colours.values()), colours
+    assert len(set(colours.values())) == 4
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
 @pytest.mark.parametrize("width", [390, 1300])
 def test_screenshot_is_not_blank_and_nothing_sticks_out(browser: Chrome, pages: Path, width: int) -> None:
     size = {"width": width, "height": 3000, "deviceScaleFactor": 1, "mobile": False}

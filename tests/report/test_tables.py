@@ -158,10 +158,16 @@ def test_distances_before_halfway_and_after(report: Report) -> None:
     rows = {(row[0], row[1]): row for row in texts(table)}
     assert {variant for variant, _ in rows} == {"cma", "cma_ga"}
     series = [run.log["probe/mmd_squared"] for run in report.runs_of("cma")]
-    row = rows["cma", "MMD\u00b2"]
+    row = rows["cma", "MMD\u00b2, kernels of the pooled sample"]
     for column, step in ((3, 0), (4, 20), (5, 60)):
         values = [points[step] for points in series]
         assert row[column] == f"{fmean(values):.3g} \u00b1 {stdev(values):.2g}"
+    assert row[6:] == ["\u2013", "\u2013"], "the baseline itself"
+    ours = [run.log["probe/mmd_squared"][60] for run in report.runs_of("cma_ga")]
+    theirs = [points[60] for points in series]
+    difference, p_value = rows["cma_ga", "MMD\u00b2, kernels of the pooled sample"][6:]
+    assert difference == f"{fmean(ours) - fmean(theirs):+.2g}"
+    assert p_value in ("0.25", "0.5", "0.75", "1"), "what the sign flips of three seeds can give"
     assert rows["cma", "Two-sample classifier accuracy"][2] == "2"  # one seed has none
 
 

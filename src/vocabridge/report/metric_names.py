@@ -20,6 +20,7 @@ _NOWHERE = ("epoch", "total_flos", "num_input_tokens_seen")
 _LOG_SCALE = ("query_gradient_ratio", "query_gradient_norm_kd", "query_gradient_norm_matching", "grad_norm")
 _SHARES = ("accuracy", "coverage", "in_chunk", "agreement", "share")
 _NATS = ("cross_entropy", "divergence", "entropy", "log_likelihood_gap", "gan_queries", "gan_keys")
+_BANDWIDTH_FACTORS = ("0.25", "0.5", "1", "2", "4")  # those of the losses, whose module imports torch
 _WORDS = {
     "loss": "Total loss",
     "eval_loss": "Validation loss",
@@ -31,7 +32,8 @@ _WORDS = {
     "query_gradient_ratio": "Query gradient norm, matching / KD",
     "query_gradient_norm_kd": "Query gradient norm of the KD loss",
     "query_gradient_norm_matching": "Query gradient norm of the matching loss",
-    "mmd_squared": "MMD\u00b2",
+    "mmd_squared": "MMD\u00b2, kernels of the pooled sample",
+    **{f"mmd_squared_x{factor}": f"MMD\u00b2, kernel {factor} \u00d7 key distance" for factor in _BANDWIDTH_FACTORS},
     "sliced_wasserstein": "Sliced Wasserstein distance",
     "energy_distance": "Energy distance",
     "mean_cosine": "Cosine of the means",

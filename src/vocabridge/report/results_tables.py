@@ -49,7 +49,7 @@ def _table(study: StudyRecord, metric: Metric, *, scope: str, domain: str) -> Ta
     summaries = {each.variant: each for each in study.summaries if (each.metric, each.scope) == (metric, scope)}
     comparisons = {each.variant: each for each in study.comparisons if (each.metric, each.scope) == (metric, scope)}
     headings = ["variant", "seeds", "mean \u00b1 sd", "95 % interval", "difference [95 %]"]
-    headings += ["p, seeds", "p, examples", "effect (Hedges g)"]
+    headings += ["p, seeds", "p, examples", "effect (paired g_z)"]
     with_power = metric == "rouge_l"
     if with_power:
         headings.append(f"seeds to see {study.power.difference:g}")
@@ -90,14 +90,15 @@ def _comparison_cells(comparison: ComparisonRecord | None, metric: Metric, *, wi
     low, high = comparison.seeds_low, comparison.seeds_high
     cells = [
         with_interval(comparison.difference, low, high, pattern=f"{{:+.{digits(metric)}f}}"),
-        _p_cell(comparison.seeds_p_holm),
-        _p_cell(comparison.examples_p_holm),
+        p_cell(comparison.seeds_p_holm),
+        p_cell(comparison.examples_p_holm),
         number(comparison.hedges_gz, "{:+.2f}"),
     ]
     return [*cells, number(comparison.seeds_needed, "{}")] if with_power else cells
 
 
-def _p_cell(value: float | None) -> Cell:
+def p_cell(value: float | None) -> Cell:
+    """A corrected p-value, marked where it is significant; a dash where there was no test."""
     if value is None:
         return MISSING
     return Cell(p_value(value) + (" *" if value < ALPHA else ""), value, emphasis=value < ALPHA)

@@ -73,6 +73,18 @@ class ComparisonRecord(_Cell):
     examples_p_holm: float | None = None
 
 
+class MeasurementComparisonRecord(_Record):
+    """One variant against its baseline in what was logged last; see :mod:`vocabridge.study.measurements`."""
+
+    variant: str
+    name: str
+    baseline: str
+    seeds: tuple[int, ...]
+    difference: float
+    seeds_p_holm: float
+    seeds_smallest_p: float
+
+
 class Power(_Record):
     """The difference for which the number of seeds is worked out."""
 
@@ -94,6 +106,7 @@ class StudyRecord(_Record):
     scores: tuple[ScoreRecord, ...]
     summaries: tuple[SummaryRecord, ...]
     comparisons: tuple[ComparisonRecord, ...]
+    measurement_comparisons: tuple[MeasurementComparisonRecord, ...] = ()
 
     def baseline_of(self, variant: str) -> str:
         """What the variant is compared with; the study's baseline is its own."""

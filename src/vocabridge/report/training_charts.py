@@ -11,6 +11,8 @@ from vocabridge.report.collect import Report, Run
 from vocabridge.report.curves import band, thinned
 from vocabridge.report.figures import LineStyle, VariantCurves, curve_figure
 from vocabridge.report.metric_names import MetricName, metric_name
+from vocabridge.report.results_tables import p_cell
+from vocabridge.report.study_record import MeasurementComparisonRecord
 from vocabridge.report.view import MISSING, Cell, Chart, Table, number, words
 
 _LOG_SCALE_FROM = 20  # so that at least one power of ten lies between the ends
@@ -131,8 +133,10 @@ def _last_step(run: Run) -> int | None:
 
 
 def _before_after(report: Report) -> Table | None:
-    """First and last measurement of every distance, mean and deviation over seeds."""
+    """First and last measurement of every distance, mean and deviation over seeds, and what the baseline ends with."""
     rows = []
+    compared = report.study.measurement_comparisons if report.study else ()
+    against = {(each.variant, each.name): each for each in compared}
     names = sorted(name for name in {name for run in report.runs for name in run.log} if name.startswith("probe/"))
     for variant in report.variants:
         for name in names:
@@ -140,10 +144,20 @@ def _before_after(report: Report) -> Table | None:
             if any(len(points) > 1 for points in series):
                 moments = [[points[pick(points)] for points in series] for pick in (min, _middle, max)]
                 cells = (_mean_cell(values) for values in moments)
-                rows.append((words(variant), words(metric_name(name).title), number(len(series), "{}"), *cells))
-    headings = ("variant", "measure", "seeds", "before training", "halfway", "after training")
-    caption = "Queries and keys on a fixed probe set: mean \u00b1 standard deviation over seeds"
+                title = words(metric_name(name).title)
+                comparison = _compared_cells(against.get((variant, name)))
+                rows.append((words(variant), title, number(len(series), "{}"), *cells, *comparison))
+    headings = ("variant", "measure", "seeds", "before training", "halfway", "after training", "difference", "p, seeds")
+    caption = (
+        "Queries and keys on a fixed probe set: mean \u00b1 standard deviation over seeds; difference after training"
+    )
     return Table(caption, headings, tuple(rows)) if rows else None
+
+
+def _compared_cells(comparison: MeasurementComparisonRecord | None) -> tuple[Cell, Cell]:
+    if comparison is None:
+        return MISSING, MISSING
+    return number(comparison.difference, "{:+.2g}"), p_cell(comparison.seeds_p_holm)
 
 
 def _finite(run: Run, name: str) -> dict[int, float]:

@@ -7,7 +7,7 @@ list as it is. ``version`` rises when a field changes its meaning.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,26 @@ from typing import Any
 from vocabridge.durable import write_in_one_piece
 from vocabridge.errors import UserError
 from vocabridge.evaluation.statistics import mean_std
+from vocabridge.study.measurements import (
+    Measurement,
+    MeasurementComparison,
+    compare_measurements,
+    measurement_comparison_record,
+    measurement_record,
+    measurements,
+)
+from vocabridge.study.paired import (
+    Tested,
+    corrected,
+    interval_fields,
+    pairs_with_baseline,
+    seed_differences,
+    tested,
+    tested_fields,
+)
 from vocabridge.study.plan import PlannedRun, StudyPlan
 from vocabridge.study.scores import METRICS, Metric, PairedExamples, Scope, Score, run_scores
-from vocabridge.study.statistics import (
-    EffectSize,
-    Interval,
-    PermutationTest,
-    bootstrap_interval,
-    effect_size,
-    holm,
-    seeds_needed,
-    sign_flip_test,
-)
+from vocabridge.study.statistics import EffectSize, Interval, bootstrap_interval, effect_size, seeds_needed
 from vocabridge.study.status import RunStatus, current_status
 
 VERSION = 2
@@ -57,23 +65,6 @@ class Summary:
     interval: Interval | None
     seeds: tuple[int, ...]
     sampling_std: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Tested:
-    """A mean difference and how sure it is.
-
-    Attributes:
-        num: seeds or examples that the test is over.
-        interval: bootstrap of the mean difference.
-        test: sign flips.
-        p_holm: the p-value with all variants of the same metric and scope taken together.
-    """
-
-    num: int
-    interval: Interval | None
-    test: PermutationTest
-    p_holm: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +114,8 @@ class StudyResult:
     scores: tuple[Score, ...]
     summaries: tuple[Summary, ...]
     comparisons: tuple[Comparison, ...]
+    measurements: tuple[Measurement, ...]
+    measurement_comparisons: tuple[MeasurementComparison, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as study.json has them."""
@@ -138,6 +131,10 @@ class StudyResult:
             "scores": [_score_record(score) for score in self.scores],
             "summaries": [_summary_record(summary) for summary in self.summaries],
             "comparisons": [_comparison_record(comparison) for comparison in self.comparisons],
+            "measurements": [measurement_record(measurement) for measurement in self.measurements],
+            "measurement_comparisons": [
+                measurement_comparison_record(comparison) for comparison in self.measurement_comparisons
+            ],
         }
 
 
@@ -154,12 +151,15 @@ def study_results(plan: StudyPlan) -> StudyResult:
     finished = [run for run, status in statuses.items() if status.state == "done"]
     order = {variant: position for position, variant in enumerate(plan.variants)}
     scores.sort(key=lambda score: (order[score.variant], score.seed))
+    measured = sorted(measurements(finished), key=lambda each: (order[each.variant], each.name, each.seed))
     return StudyResult(
         plan=plan,
         statuses=statuses,
         scores=tuple(scores),
         summaries=tuple(_summaries(scores)),
         comparisons=tuple(_comparisons(plan, scores, PairedExamples(finished))),
+        measurements=tuple(measured),
+        measurement_comparisons=tuple(compare_measurements(plan, measured)),
     )
 
 
@@ -206,22 +206,12 @@ def _comparisons(plan: StudyPlan, scores: Sequence[Score], examples: PairedExamp
     for metric in METRICS:
         for (cell_metric, scope), variants in by_cell.items():
             if cell_metric == metric:
-                pairs = _pairs(plan, variants)
+                pairs = pairs_with_baseline(plan, variants)
                 found = [
                     _comparison(pair, metric, scope, variants[pair[0]], variants[pair[1]], examples, len(pairs))
                     for pair in pairs
                 ]
                 yield from _with_holm(found)
-
-
-def _pairs(plan: StudyPlan, variants: Mapping[str, Mapping[int, float]]) -> list[tuple[str, str]]:
-    """Every variant and its baseline, where they share a finished seed."""
-    pairs = [(variant, plan.baseline_of(variant)) for variant in variants]
-    return [
-        (variant, baseline)
-        for variant, baseline in pairs
-        if variant != baseline and variants[variant].keys() & variants.get(baseline, {}).keys()
-    ]
 
 
 def _comparison(
@@ -234,9 +224,9 @@ def _comparison(
     num_comparisons: int,
 ) -> Comparison:
     variant, baseline = pair
-    seeds = tuple(sorted(ours.keys() & theirs.keys()))
-    differences = [ours[seed] - theirs[seed] for seed in seeds]
-    over_seeds = _tested([differences])
+    by_seed = seed_differences(ours, theirs)
+    seeds, differences = tuple(by_seed), list(by_seed.values())
+    over_seeds = tested([differences])
     assert over_seeds is not None, "there is at least one seed"
     groups = examples.differences(variant, baseline, seeds=seeds, files=scope.files, metric=metric)
     spread = mean_std(differences)
@@ -252,32 +242,20 @@ def _comparison(
         difference=spread.mean,
         std=spread.std,
         over_seeds=over_seeds,
-        over_examples=_tested(groups) if groups else None,
+        over_examples=tested(groups) if groups else None,
         effect=effect_size(differences),
         num_comparisons=num_comparisons,
         seeds_needed=needed,
     )
 
 
-def _tested(groups: Sequence[Any]) -> Tested | None:
-    test = sign_flip_test(groups)
-    if test is None:
-        return None
-    return Tested(sum(map(len, groups)), bootstrap_interval(groups), test, p_holm=test.p_value)
-
-
 def _with_holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The comparisons of one metric and scope with p-values corrected over the variants."""
-    seeds = holm([comparison.over_seeds.test.p_value for comparison in comparisons])
-    tested = [comparison.over_examples for comparison in comparisons if comparison.over_examples is not None]
-    examples = iter(holm([part.test.p_value for part in tested]))
+    seeds = corrected([comparison.over_seeds for comparison in comparisons])
+    examples = iter(corrected([each.over_examples for each in comparisons if each.over_examples is not None]))
     return [
-        replace(
-            comparison,
-            over_seeds=replace(comparison.over_seeds, p_holm=p_holm),
-            over_examples=comparison.over_examples and replace(comparison.over_examples, p_holm=next(examples)),
-        )
-        for comparison, p_holm in zip(comparisons, seeds, strict=True)
+        replace(comparison, over_seeds=test, over_examples=comparison.over_examples and next(examples))
+        for comparison, test in zip(comparisons, seeds, strict=True)
     ]
 
 
@@ -305,7 +283,7 @@ def _score_record(score: Score) -> dict[str, Any]:
 
 def _summary_record(summary: Summary) -> dict[str, Any]:
     spread = {"mean": summary.mean, "std": summary.std, "sampling_std": summary.sampling_std}
-    return _cell(summary) | spread | _interval(summary.interval) | {"seeds": list(summary.seeds)}
+    return _cell(summary) | spread | interval_fields(summary.interval) | {"seeds": list(summary.seeds)}
 
 
 def _comparison_record(comparison: Comparison) -> dict[str, Any]:
@@ -319,29 +297,11 @@ def _comparison_record(comparison: Comparison) -> dict[str, Any]:
         "hedges_gz": comparison.effect and comparison.effect.hedges_gz,
         "num_comparisons": comparison.num_comparisons,
         "seeds_needed": comparison.seeds_needed,
-        **_tested_fields("seeds", comparison.over_seeds),
-        **_tested_fields("examples", comparison.over_examples),
+        **tested_fields("seeds", comparison.over_seeds),
+        **tested_fields("examples", comparison.over_examples),
     }
 
 
 def _cell(record: Score | Summary | Comparison) -> dict[str, Any]:
     scope = record.scope
     return {"variant": record.variant, "metric": record.metric, "scope": scope.name, "domain": scope.domain}
-
-
-def _tested_fields(prefix: str, tested: Tested | None) -> dict[str, Any]:
-    """The same columns whether there was a test or not."""
-    test = None if tested is None else tested.test
-    fields = {
-        "num": tested and tested.num,
-        **_interval(None if tested is None else tested.interval),
-        "p_value": test and test.p_value,
-        "p_holm": tested and tested.p_holm,
-        "smallest_p": test and test.smallest_p,
-        "exact": test and test.exact,
-    }
-    return {f"{prefix}_{name}": value for name, value in fields.items()}
-
-
-def _interval(interval: Interval | None) -> dict[str, Any]:
-    return {"low": interval and interval.low, "high": interval and interval.high}

@@ -124,7 +124,7 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
     )
     table.add_column("variant", overflow="fold")
     table.add_column("difference", no_wrap=True)
-    headings = ["p,\nseeds", "p,\nexamples", "effect", "seeds"]
+    headings = ["p,\nseeds", "p,\nexamples", "effect\ng_z", "seeds"]
     if metric == "rouge_l":
         headings.append(f"seeds\nfor\n{DIFFERENCE_TO_SEE}")
     for heading in headings:
