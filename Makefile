@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/pac
 		echo "warning: DeepSpeed could not be installed; its tests are skipped" >&2
 	touch $@
 
-quickstart: venv ## Distil a real teacher into a real student with another tokenizer (about 13 minutes on 2 cores)
+quickstart: venv ## Distil a real teacher into a real student with another tokenizer (about 8 minutes on 2 cores)
 	$(BIN)/python examples/quickstart.py
 
 demo: venv ## The same idea with tiny models built on the spot (about a minute)
