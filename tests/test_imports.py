@@ -30,7 +30,7 @@ LAYERS: list[set[str]] = [
     {"checkpoint_files"},
     {"saving", "interrupt", "model_card", "run_record", "training_arguments", "pair_cache", "assembly", "diagnostics"}
     | {"checkpoint_contents", "rehearsal"},
-    {"batching", "sharded_state"},
+    {"batching", "sharded_state", "step_rows"},
     {"resuming"},
     {"checkpointing"},
     {"optimizing"},

@@ -26,10 +26,42 @@ from vocabridge.saving import load_parts
 
 Shape = tuple[int, ...]
 
+DEEPSPEED_FILE = "latest"
+"""Of a checkpoint that DeepSpeed wrote; it names the folder with the optimizer's state."""
+
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """What an optimizer keeps in the shape of the parameter; other things have shapes of their own."""
 
 _REMEDY = "resume from another checkpoint (delete this one), or start anew with --overwrite"
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """Where in the training a checkpoint was written.
+
+    Raises:
+        UserError: it does not tell.
+    """
+    with refusing(checkpoint / TRAINER_STATE_NAME):
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if not all(isinstance(each, int) for each in (state.global_step, state.max_steps, state.train_batch_size)):
+            raise ValueError("it does not tell the step")
+    return state
+
+
+def check_goes_on(checkpoint: Path) -> None:
+    """Refuse a checkpoint of weights alone: optimizer, schedule and random numbers would quietly begin anew.
+
+    Raises:
+        UserError: some of that is missing.
+    """
+    optimizer = "global_step*" if (checkpoint / DEEPSPEED_FILE).is_file() else OPTIMIZER_NAME
+    missing = [name for name in (optimizer, SCHEDULER_NAME, "rng_state*.pth") if not any(checkpoint.glob(name))]
+    if missing:
+        raise UserError(
+            f"{checkpoint} lacks {', '.join(missing)}, as with training.save_only_model: true, so training cannot go "
+            "on from it; delete it if there is an earlier checkpoint that has them, start a new run with this folder "
+            "as student.model and another training.output_dir, or start anew with --overwrite."
+        )
 
 
 def check_contents(checkpoint: Path, *, parameter_groups: Sequence[Sequence[Shape]] | None) -> None:
@@ -43,25 +75,22 @@ def check_contents(checkpoint: Path, *, parameter_groups: Sequence[Sequence[Shap
     Raises:
         UserError: a file is missing or holds something else; names it.
     """
-    with _refusal(checkpoint / TRAINER_STATE_NAME):
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if not all(isinstance(each, int) for each in (state.global_step, state.max_steps, state.train_batch_size)):
-            raise ValueError("it does not tell the step")
+    read_state(checkpoint)
     for path in sorted(checkpoint.glob("log_window*.json")):
-        with _refusal(path):
+        with refusing(path):
             window = json.loads(path.read_text(encoding="utf-8"))
             int(window["last_logged_step"]), float(window["loss"])
             torch.tensor([[float(value) for value in pair] for pair in window["terms"].values()])
     for path in sorted(checkpoint.glob("*.safetensors")):
-        with _refusal(path), safe_open(path, framework="pt") as file:
+        with refusing(path), safe_open(path, framework="pt") as file:
             file.keys()
     for path in sorted([checkpoint / SCHEDULER_NAME, *checkpoint.glob("rng_state*.pth")]):
         if path.is_file():
-            with _refusal(path):
+            with refusing(path):
                 _load(path)
     optimizer = checkpoint / OPTIMIZER_NAME
     if parameter_groups is not None and optimizer.is_file():
-        with _refusal(optimizer):
+        with refusing(optimizer):
             _check_optimizer(_load(optimizer, stays_on_disk=True), parameter_groups)
 
 
@@ -106,7 +135,12 @@ def _check_optimizer(found: dict[str, Any], groups: Sequence[Sequence[Shape]]) -
 
 
 @contextmanager
-def _refusal(path: Path) -> Iterator[None]:
+def refusing(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while a file of a checkpoint is read becomes one sentence that names it.
+
+    Raises:
+        UserError: something did.
+    """
     try:
         yield
     except UnpicklingError as error:

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from vocabridge.checkpoint_contents import DEEPSPEED_FILE, check_goes_on
 from vocabridge.checkpoint_files import retire
 from vocabridge.distillation_model import DistillationModel
 from vocabridge.durable import write_in_one_piece
@@ -25,8 +26,6 @@ from vocabridge.resuming import ResumableTrainer
 from vocabridge.saving import STAGING, load_parts, publish, save_parts, staged_folder
 from vocabridge.sharded_state import gather_optimizer, gather_weights, load_optimizer, load_weights
 from vocabridge.sharding import is_sharded
-
-_DEEPSPEED_FILE = "latest"
 
 
 class CheckpointingTrainer(ResumableTrainer):
@@ -171,7 +170,7 @@ class CheckpointingTrainer(ResumableTrainer):
         Raises:
             UserError: DeepSpeed wrote it and does not train now, or the reverse, or it has other pieces now.
         """
-        by_deepspeed = (checkpoint / _DEEPSPEED_FILE).is_file()
+        by_deepspeed = (checkpoint / DEEPSPEED_FILE).is_file()
         if by_deepspeed != bool(self.is_deepspeed_enabled):
             raise UserError(
                 f"{checkpoint} was written {'under' if by_deepspeed else 'without'} DeepSpeed, and its optimizer state "
@@ -209,12 +208,11 @@ class CheckpointingTrainer(ResumableTrainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint)
+        check_goes_on(folder)  # the base class passes over what is missing, or reads a folder of pickles instead
         if self.is_world_process_zero():
             self._rewind_metrics(folder)
         if not self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        if not (folder / OPTIMIZER_NAME).is_file():  # of save_only_model; the base would read a folder of pickles
             return
         optimizer = cast(torch.optim.Optimizer, self.optimizer)
         load_optimizer(self.distillation_model, optimizer, folder / OPTIMIZER_NAME)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from vocabridge.recipe import Recipe
 
 _SAME_COMMAND = "the same command goes on where it stopped"
+_WEIGHTS_ONLY = (
+    "the checkpoint holds weights only (training.save_only_model), so training cannot go on from it; it can start a "
+    "new run as student.model"
+)
 
 app = typer.Typer(
     help="Distil a large language model into a small one when the two have different tokenizers and vocabularies.",
@@ -77,7 +81,7 @@ def distill(
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other: one keeps the run folder, the other empties it.")
     words = ["vocabridge", "distill", str(recipe), *(overrides or []), "--resume"]
-    with stoppable(f"go on with: {shlex.join(words)}"), launched_ranks() as ranks:
+    with stoppable(f"go on with: {shlex.join(words)}") as work, launched_ranks() as ranks:
         loaded = load_recipe(recipe, overrides or [])
         if ranks.is_first:
             _note_unused(loaded)
@@ -85,6 +89,8 @@ def distill(
 
         result = run(loaded, resume=resume, overwrite=overwrite)
         if result.interrupted:
+            if loaded.training.arguments().get("save_only_model"):
+                work.hint = _WEIGHTS_ONLY
             raise Preempted if result.preempted else KeyboardInterrupt
     if not ranks.is_first:
         return

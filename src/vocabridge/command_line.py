@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -86,15 +87,24 @@ def run_app(app: typer.Typer, name: str) -> NoReturn:
         sys.exit(2)
 
 
+@dataclass
+class Stoppable:
+    """Work that may be interrupted."""
+
+    hint: str
+    """How to go on then."""
+
+
 @contextmanager
-def stoppable(hint: str) -> Iterator[None]:
+def stoppable(hint: str) -> Iterator[Stoppable]:
     """Long work: Ctrl-C leaves with exit status 130, SIGTERM (preemption) with 0, and both say how to go on."""
+    work = Stoppable(hint)
     try:
         with sigterm_raises():
-            yield
+            yield work
     except KeyboardInterrupt as stop:
         if _is_first():
-            print(f"interrupted; {hint}", file=sys.stderr)
+            print(f"interrupted; {work.hint}", file=sys.stderr)
         raise typer.Exit(0 if isinstance(stop, Preempted) else INTERRUPTED) from None
 
 

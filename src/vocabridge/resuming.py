@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from vocabridge.batching import LengthGroupingTrainer
+from vocabridge.checkpoint_contents import check_goes_on
 from vocabridge.checkpoint_files import check_whole
 from vocabridge.distillation_model import tally_dtype
+from vocabridge.step_rows import STEP_ROWS_FILE, check_step_rows, step_rows
 
 
 class ResumableTrainer(LengthGroupingTrainer):
@@ -29,11 +32,27 @@ class ResumableTrainer(LengthGroupingTrainer):
         """As ``transformers.Trainer.train``.
 
         Raises:
-            UserError: the checkpoint is damaged or was never finished.
+            UserError: the checkpoint is damaged or was never finished, or the run cannot go on from it exactly.
         """
-        if isinstance(resume_from_checkpoint, str) and self.is_world_process_zero():
-            check_whole(Path(resume_from_checkpoint))
+        if isinstance(resume_from_checkpoint, str):
+            checkpoint = Path(resume_from_checkpoint)
+            if self.is_world_process_zero():
+                check_whole(checkpoint)
+            self.check_goes_on(checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def check_goes_on(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint without the training's state, or from steps of other rows.
+
+        Raises:
+            UserError: it is such a one.
+        """
+        check_goes_on(checkpoint)
+        check_step_rows(checkpoint, self._step_rows, self.args)
+
+    @property
+    def _step_rows(self) -> dict[str, int]:
+        return step_rows(self.args, is_stream=isinstance(self.train_dataset, IterableDataset))
 
     def _init_training_state(
         self,
@@ -58,17 +77,23 @@ class ResumableTrainer(LengthGroupingTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         window = {
+            "world_size": self.args.world_size,
             "last_logged_step": self._globalstep_last_logged,
             "loss": self._tr_loss.item(),
             "terms": {name: pair.tolist() for name, pair in self._tally.items()},
         }
         (Path(output_dir) / self._window_file).write_text(json.dumps(window, indent=2) + "\n", encoding="utf-8")
+        if self.args.should_save:
+            text = json.dumps(self._step_rows, indent=2) + "\n"
+            (Path(output_dir) / STEP_ROWS_FILE).write_text(text, encoding="utf-8")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is None or not (path := Path(checkpoint) / self._window_file).is_file():
-            return  # written by another number of processes: the first line of the log then begins here
+            return  # written by one process and read by several, or the reverse, as below
         window = json.loads(path.read_text(encoding="utf-8"))
+        if window.get("world_size", self.args.world_size) != self.args.world_size:
+            return  # its sums are shares of other sizes: the first line of the log begins at the checkpoint instead
         self._globalstep_last_logged = window["last_logged_step"]
         self._tr_loss.fill_(window["loss"])
         dtype = tally_dtype(self.args.device)

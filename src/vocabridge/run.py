@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
 from vocabridge.cache_teacher import Processes, cache_teacher
+from vocabridge.checkpoint_contents import read_state
 from vocabridge.checkpoint_files import check_whole, last_whole_checkpoint
 from vocabridge.durable import write_in_one_piece
 from vocabridge.errors import UserError, one_line
@@ -39,6 +39,7 @@ from vocabridge.recipe.loading import read_recipe_file
 from vocabridge.recipe.yaml_text import read_mapping
 from vocabridge.run_record import write_run_record
 from vocabridge.saving import OBJECTIVE_FILE, load_parts, load_student_weights, publish, save_student, staged_folder
+from vocabridge.step_rows import STEP_ROWS_FILE
 from vocabridge.text import Example
 from vocabridge.trainer import DistillationTrainer
 from vocabridge.training_arguments import DistillationConfig
@@ -55,6 +56,12 @@ _FREE_KEYS = (
 )
 """What may change between a run and its resumption: how long it trains and what is seen of it. Optimizer settings may
 not: the checkpoint's own would go on, and the recipe would record others."""
+_BATCH_KEYS = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+"""May change with the number of processes, where the checkpoint tells how many rows a step had."""
+_FIXED_KEYS = ("training.dataloader_drop_last", "training.save_only_model")
+"""Not free though their names begin so: an epoch would have other steps; nothing could go on from the checkpoints."""
+_FIXED_OF_STREAMS = ("training.dataloader_num_workers",)
+"""Workers share the rows of a stream out among themselves, so that its order depends on their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,20 +99,20 @@ def _distill(recipe: Recipe, ranks: Ranks, *, resume: bool, overwrite: bool) -> 
     arguments = _training_arguments(recipe)
     ranks.on_first(lambda: _check_folder(run_dir, recipe, resume=resume, overwrite=overwrite))
     # The first rank looks for all, for it reads the files from end to end.
-    checkpoint = ranks.on_first(lambda: last_whole_checkpoint(run_dir)) if resume else None
+    start = ranks.on_first(lambda: _start_of(run_dir, recipe, arguments)) if resume else _Start()
     with _without_traces(run_dir, ranks):
         set_seed(arguments.seed)  # LoRA and projectors start at random, before the trainer sets its own seed
         trainer = _build_trainer(recipe, arguments, ranks)
         trainer.check_arguments()
         trainer.check_models()
-        if checkpoint is not None:
-            ranks.on_first(partial(trainer.check_checkpoint, checkpoint))
+        if start.checkpoint is not None:
+            ranks.on_first(partial(trainer.check_checkpoint, start.checkpoint, goes_on=start.goes_on))
         ranks.wait()
     # Only now, when nothing in the recipe can be wrong any more, is the folder emptied or written to.
     facts = {"engine": trainer.accelerator.distributed_type.value, "num_processes": arguments.world_size}
     facts |= {"seed": arguments.seed, "objective": recipe.objective.name}
-    ranks.on_first(lambda: _claim(run_dir, recipe, facts, overwrite=overwrite, is_fresh=checkpoint is None))
-    _train(trainer, None if checkpoint is None else str(checkpoint))
+    ranks.on_first(lambda: _claim(run_dir, recipe, facts, overwrite=overwrite, is_fresh=start.checkpoint is None))
+    _train(trainer, start, is_stream=recipe.data.streaming)
     steps = trainer.state.global_step
     if trainer.interrupt.interrupted:
         return RunResult(run_dir, interrupted=True, preempted=trainer.interrupt.preempted, steps=steps)
@@ -150,21 +157,49 @@ def _writing(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _train(trainer: DistillationTrainer, checkpoint: str | None) -> None:
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """Where training begins."""
+
+    checkpoint: Path | None = None
+    goes_on: bool = True
+    """There are steps left to train."""
+
+
+def _start_of(run_dir: Path, recipe: Recipe, arguments: DistillationConfig) -> _Start:
+    """Where a resumption begins; checks what of the recipe may have changed for that.
+
+    Raises:
+        UserError: all checkpoints are damaged, or more of the recipe has changed than may.
+    """
+    checkpoint = last_whole_checkpoint(run_dir)
+    goes_on = checkpoint is None or not _is_end(read_state(checkpoint), arguments)
+    steps_are_compared = checkpoint is not None and goes_on and (checkpoint / STEP_ROWS_FILE).is_file()
+    changed = _check_same_recipe(run_dir / _RECIPE_FILE, recipe, batches_may_change=steps_are_compared)
+    if changed:
+        logger.warning("resuming with changed settings: %s", ", ".join(changed))
+    return _Start(checkpoint, goes_on)
+
+
+def _is_end(state: TrainerState, arguments: DistillationConfig) -> bool:
+    """Whether a checkpoint is the end of the training that is asked for."""
+    if arguments.max_steps > 0:
+        return state.global_step >= arguments.max_steps
+    return state.num_train_epochs == arguments.num_train_epochs and state.global_step >= state.max_steps
+
+
+def _train(trainer: DistillationTrainer, start: _Start, *, is_stream: bool) -> None:
     """Train, from the checkpoint if there is one; a checkpoint that was the end is only loaded.
 
     ``Trainer`` looks at ``max_steps`` after a step only, so it would give a finished run one step too many.
     """
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        same_length = trainer.args.max_steps > 0 or state.num_train_epochs == trainer.args.num_train_epochs
-        last_step = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
-        if same_length and state.global_step >= last_step:
-            load_parts(trainer.student, trainer.objective_module, _final_weights(trainer, state, Path(checkpoint)))
-            trainer.state = state
-            return
+    if start.checkpoint is not None and not start.goes_on:
+        state = read_state(start.checkpoint)
+        load_parts(trainer.student, trainer.objective_module, _final_weights(trainer, state, start.checkpoint))
+        trainer.state = state
+        return
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
     except (RuntimeError, ConnectionError, EOFError) as error:
         # Torch notices the death by a signal; a batch that was just being fetched from the worker may fail before that.
         fetched = not isinstance(error, RuntimeError) and trainer.args.dataloader_num_workers > 0
@@ -172,9 +207,12 @@ def _train(trainer: DistillationTrainer, checkpoint: str | None) -> None:
             raise
         with suppress(RuntimeError):  # the signal, if it is still to come; it would interrupt what is told
             time.sleep(0.2)
+        remedy = "with --resume, and with fewer training.dataloader_num_workers"
+        if is_stream:
+            remedy = "with --resume when there is more (training.dataloader_num_workers must stay, data is streamed)"
         raise UserError(
             "a process that prepares batches has died, perhaps for want of memory; the checkpoints are whole, so go on "
-            "with --resume, and with fewer training.dataloader_num_workers."
+            f"{remedy}."
         ) from error
 
 
@@ -267,7 +305,7 @@ def _check_folder(run_dir: Path, recipe: Recipe, *, resume: bool, overwrite: boo
             "is nothing to resume; name another folder."
         )
     elif used:
-        _check_same_recipe(run_dir / _RECIPE_FILE, recipe)
+        _check_same_recipe(run_dir / _RECIPE_FILE, recipe, batches_may_change=True)  # until the checkpoint is known
 
 
 def _may_come_before_a_run(path: Path) -> bool:
@@ -275,10 +313,17 @@ def _may_come_before_a_run(path: Path) -> bool:
     return path.name.startswith(("study", ".")) or path.suffix == ".tmp"
 
 
-def _check_same_recipe(path: Path, recipe: Recipe) -> None:
-    """A resumed run must be the same experiment; only how long it trains and what is measured may change."""
+def _check_same_recipe(path: Path, recipe: Recipe, *, batches_may_change: bool) -> list[str]:
+    """A resumed run must be the same experiment; only how long it trains and what is measured may change.
+
+    Returns:
+        The settings that have changed and may.
+
+    Raises:
+        UserError: others have.
+    """
     if not path.is_file():
-        return
+        return []
     try:
         before = read_recipe_file(path).values
     except UserError as error:
@@ -286,17 +331,19 @@ def _check_same_recipe(path: Path, recipe: Recipe) -> None:
     with suppress(UserError):  # what a version before did not know stood at its default; else the keys below tell
         before = _resolved(recipe_from_values(before))
     now = _resolved(recipe)
+    free = (*_FREE_KEYS, *_BATCH_KEYS) if batches_may_change else _FREE_KEYS
+    never = (*_FIXED_KEYS, *_FIXED_OF_STREAMS) if recipe.data.streaming else _FIXED_KEYS
+    found: list[str] = []
     for section in sorted(set(before) | set(now)):
-        old, new = before.get(section), now.get(section)
-        changed = sorted(_changed_keys(section, old, new))
-        fixed = [key for key in changed if not key.startswith(_FREE_KEYS)]
+        changed = sorted(_changed_keys(section, before.get(section), now.get(section)))
+        fixed = [key for key in changed if key in never or not key.startswith(free)]
         if fixed:
             raise UserError(
                 f"{path}: the run was started with other values of {', '.join(fixed)}; resume with the same recipe, "
                 "or start anew with --overwrite."
             )
-        if changed:
-            logger.warning("resuming with changed settings: %s", ", ".join(changed))
+        found += changed
+    return found
 
 
 def _resolved(recipe: Recipe) -> dict[str, Any]:

@@ -213,13 +213,19 @@ class DistillationTrainer(OptimizingTrainer):
             leave_objective_alone(self.deepspeed, self.distillation_model)
         return prepared
 
-    def check_checkpoint(self, checkpoint: Path) -> None:
+    def check_checkpoint(self, checkpoint: Path, *, goes_on: bool = True) -> None:
         """Read what a resumption will read; nothing has been written by then.
+
+        Args:
+            checkpoint: one whose files are whole.
+            goes_on: there are steps left to train; else only the weights are needed.
 
         Raises:
             UserError: a file of the checkpoint cannot be used; names it.
         """
-        self.check_engine_of(checkpoint)
+        if goes_on:
+            self.check_goes_on(checkpoint)
+            self.check_engine_of(checkpoint)
         groups = None
         if not self.is_engine_sharded:
             model = cast(nn.Module, self.model)
