@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,29 @@ def recipe(folder: Path) -> dict[str, Any]:
         },
         "evaluation": {"data": rows, "seeds": [10], "max_new_tokens": 6, "batch_size": 2},
     }
+
+
+def resumable_words(folder: Path, run: str, *, rows: int, resume: bool = False) -> list[str]:
+    """The command line of four steps over half of the rows each, with a falling learning rate and all checkpoints."""
+    training = {"output_dir": folder / run, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    training |= {"per_device_train_batch_size": rows, "learning_rate": 3e-3, "lr_scheduler_type": "linear"}
+    words = ["distill", str(folder / "recipe.yaml"), "teacher=null", "objective={name: cross_entropy}"]
+    words += ["evaluation=null", *(f"training.{key}={value}" for key, value in training.items())]
+    return [*words, *(["--resume"] if resume else [])]
+
+
+def stopped_after(whole: Path, step: int, run: Path) -> Path:
+    """A finished run as it was after this step."""
+    shutil.copytree(whole, run)
+    for checkpoint in run.glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(checkpoint)
+    return run
+
+
+def run_losses(run: Path) -> dict[int, float]:
+    """Loss by step, as the run's log has it."""
+    return losses([json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()])
 
 
 def evaluate_words(folder: Path, output: Path) -> list[str]:

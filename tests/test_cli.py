@@ -199,6 +199,14 @@ def test_interrupted_run_tells_how_to_go_on(vocabridge: Command, run: Run, code:
     assert outcome.err.endswith("go on with: vocabridge distill recipe.yaml 'training.run_name=two words' --resume\n")
 
 
+def test_no_resumption_is_advised_where_checkpoints_hold_weights_alone(vocabridge: Command) -> None:
+    vocabridge.replace("vocabridge.run", distill=Run(interrupted=True).distill)
+    outcome = vocabridge("distill", "recipe.yaml", "training.save_only_model=true")
+    assert outcome.code == 130
+    assert "weights only (training.save_only_model)" in outcome.err
+    assert "--resume" not in outcome.err
+
+
 def test_mistake_found_while_running_is_told_without_a_traceback(vocabridge: Command) -> None:
     vocabridge.replace("vocabridge.run", distill=Run(error=UserError("runs/x is not empty.")).distill)
     assert vocabridge("distill", "recipe.yaml") == Outcome(2, "", "error: runs/x is not empty.\n")

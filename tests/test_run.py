@@ -13,6 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_pair import ROWS, save_pair
+from vocabridge.checkpoint_files import checkpoints, seal
 from vocabridge.errors import UserError
 from vocabridge.recipe import load_recipe
 from vocabridge.run import distill
@@ -43,6 +44,10 @@ def recipe_file(tmp_path, tiny_bpe_tokenizer, tiny_sentencepiece_tokenizer):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def logged_losses(run_dir):
@@ -194,8 +199,103 @@ def test_a_setting_that_is_new_since_a_run_began_stands_at_its_default(recipe_fi
     distill(load_recipe(recipe_file, ["training.max_steps=6"]), resume=True)
 
 
+def loosely(losses):
+    """Sums over other batches differ in their last digits."""
+    return pytest.approx(losses, rel=1e-4)
+
+
+def change_step_rows(run_dir, content):
+    """Of the last checkpoint, whose record then says that all is well; None as of an older version."""
+    checkpoint = checkpoints(run_dir)[-1]
+    path = checkpoint / "step_rows.json"
+    assert json.loads(path.read_text()) == {"rows of an optimizer step": 4}
+    path.unlink() if content is None else path.write_text(json.dumps(content))
+    seal(checkpoint)
+
+
+LONGER = ["training.max_steps=6", "training.lr_scheduler_type=constant"]
+
+
+def test_batches_may_be_cut_smaller_on_resume_if_a_step_has_the_same_rows(recipe_file, tmp_path):
+    options = [*LONGER, "objective.gan.dropout=0.0"]
+    distill(load_recipe(recipe_file, [*options, f"training.output_dir={tmp_path}/whole"]))
+    distill(load_recipe(recipe_file, [*options, "training.max_steps=2"]))
+    before = (tmp_path / "run" / "recipe.yaml").read_text()
+    options.append("training.per_device_train_batch_size=2")
+    with pytest.raises(UserError) as refusal:
+        distill(load_recipe(recipe_file, options), resume=True)
+    assert "checkpoint-2 was written after steps of 4 rows, and now a step would hold 2" in str(refusal.value)
+    assert "training.per_device_train_batch_size=2 training.gradient_accumulation_steps=2" in str(refusal.value)
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == before
+    distill(load_recipe(recipe_file, [*options, "training.gradient_accumulation_steps=2"]), resume=True)
+    assert logged_losses(tmp_path / "run") == loosely(logged_losses(tmp_path / "whole"))
+    assert "gradient_accumulation_steps: 2" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+def test_a_checkpoint_of_other_steps_is_refused_unless_it_is_the_end(recipe_file, tmp_path):
+    """As one that twice as many processes wrote, with the same recipe."""
+    options = ["training.lr_scheduler_type=constant"]
+    distill(load_recipe(recipe_file, options))
+    losses = logged_losses(tmp_path / "run")
+    change_step_rows(tmp_path / "run", {"rows of an optimizer step": 8})
+    with pytest.raises(UserError, match=r"steps of 8 rows.*per_device_train_batch_size=4 training\.\w+_steps=2"):
+        distill(load_recipe(recipe_file, LONGER), resume=True)
+    assert distill(load_recipe(recipe_file, options), resume=True).steps == 4
+    assert logged_losses(tmp_path / "run") == losses
+    with pytest.raises(UserError, match=r"other values of training\.per_device_train_batch_size"):
+        distill(load_recipe(recipe_file, [*options, "training.per_device_train_batch_size=8"]), resume=True)
+
+
+def test_a_checkpoint_that_does_not_tell_its_steps_is_taken_with_the_same_batches(recipe_file, tmp_path):
+    distill(load_recipe(recipe_file, ["training.lr_scheduler_type=constant"]))
+    change_step_rows(tmp_path / "run", None)
+    smaller = ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2"]
+    with pytest.raises(UserError, match=r"other values of training\.gradient_accumulation_steps, training\.per_device"):
+        distill(load_recipe(recipe_file, [*LONGER, *smaller]), resume=True)
+    assert distill(load_recipe(recipe_file, LONGER), resume=True).steps == 6
+
+
+def test_checkpoints_of_weights_alone_end_a_run_and_start_none(recipe_file, tmp_path):
+    options = ["training.save_only_model=true", "training.lr_scheduler_type=constant"]
+    distill(load_recipe(recipe_file, options))
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match=r"checkpoint-4 lacks optimizer\.pt, scheduler\.pt, rng_state\*\.pth, as with"):
+        distill(load_recipe(recipe_file, [*options, "training.max_steps=6"]), resume=True)
+    assert contents(tmp_path / "run") == before
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert distill(load_recipe(recipe_file, options), resume=True).steps == 4
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    "change", ["save_only_model=true", "dataloader_drop_last=true", "dataloader_num_workers=1"], ids=str
+)
+def test_what_a_resumption_stands_on_cannot_change(recipe_file, change):
+    """The last one of streams alone: their rows come in an order that depends on it."""
+    options = ["data.streaming=true"] if "workers" in change else []
+    distill(load_recipe(recipe_file, [*options, "training.max_steps=2"]))
+    name = change.partition("=")[0]
+    with pytest.raises(UserError, match=rf"other values of training\.{name};"):
+        distill(load_recipe(recipe_file, [*options, f"training.{change}"]), resume=True)
+
+
+def test_a_stream_with_workers_resumes_in_its_place(recipe_file, tmp_path):
+    options = ["data.streaming=true", "training.dataloader_num_workers=2", "training.lr_scheduler_type=constant"]
+    options += ["training.per_device_train_batch_size=2", "training.diagnostics_steps=0"]
+    distill(load_recipe(recipe_file, [*options, f"training.output_dir={tmp_path}/whole"]))
+    distill(load_recipe(recipe_file, [*options, "training.max_steps=2"]))
+    smaller = ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=2"]
+    with pytest.raises(UserError, match=r"rows of a batch over all processes 2, .*now: .* 1, "):
+        distill(load_recipe(recipe_file, [*options, *smaller]), resume=True)
+    distill(load_recipe(recipe_file, options), resume=True)
+    assert logged_losses(tmp_path / "run") == logged_losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_worker_that_dies_while_a_batch_is_fetched_is_told(recipe_file, monkeypatch, num_workers):
+def test_a_worker_that_dies_while_a_batch_is_fetched_is_told(recipe_file, monkeypatch, num_workers, is_stream):
     """The connection breaks before the signal of its death comes, which then comes while that is handled."""
 
     def reset(*args, **kwargs):
@@ -207,8 +307,13 @@ def test_a_worker_that_dies_while_a_batch_is_fetched_is_told(recipe_file, monkey
     monkeypatch.setattr("vocabridge.run.DistillationTrainer.train", reset)
     monkeypatch.setattr("vocabridge.run.time", SimpleNamespace(sleep=signal_comes))
     expected = UserError if num_workers else ConnectionResetError
-    with pytest.raises(expected, match="prepares batches has died" if num_workers else "reset by peer"):
-        distill(load_recipe(recipe_file, [f"training.dataloader_num_workers={num_workers}"]))
+    advice = "workers must stay" if is_stream else r"fewer training\.dataloader_num_workers"
+    with pytest.raises(expected, match=f"prepares batches has died.*{advice}" if num_workers else "reset by peer"):
+        distill(
+            load_recipe(
+                recipe_file, [f"training.dataloader_num_workers={num_workers}", f"data.streaming={is_stream}".lower()]
+            )
+        )
 
 
 def test_streams_start_over_and_resume_in_a_later_pass(recipe_file, tmp_path):

@@ -1,11 +1,13 @@
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_pair import ROWS, student_model, teacher_model
+from vocabridge.checkpoint_files import seal
 from vocabridge.distillation_model import NonFiniteLoss
 from vocabridge.errors import UserError
 from vocabridge.trainer import DistillationTrainer
@@ -183,6 +185,35 @@ def test_run_folder_is_a_checkpoint_of_the_student(make_trainer):
     torch.testing.assert_close(loaded(ids).logits, trainer.student.eval()(ids).logits)
     assert loaded.config.use_cache
     assert len(AutoTokenizer.from_pretrained(trainer.args.output_dir)) == len(trainer.processing_class)
+
+
+def test_sums_for_the_log_of_another_number_of_processes_are_left_out(make_trainer):
+    """The checkpoint lies between two lines of the log; each process scales its share by their number."""
+    options = {"max_steps": 4, "lr_scheduler_type": "constant"}
+    by_step = make_trainer(GAN, folder="by_step", **options)
+    by_step.train()
+    whole = make_trainer(GAN, logging_steps=2, save_strategy="steps", save_steps=3, **options)
+    whole.train()
+    checkpoint = Path(whole.args.output_dir, "checkpoint-3")
+    window = json.loads((checkpoint / "log_window.json").read_text())
+    assert window["world_size"] == 1
+    (checkpoint / "log_window.json").write_text(json.dumps(window | {"world_size": 2}))
+    seal(checkpoint)
+    resumed = make_trainer(GAN, folder="resumed", logging_steps=2, **options)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    last = [trainer.state.log_history[-2] for trainer in (resumed, by_step)]
+    assert [entry["step"] for entry in last] == [4, 4]
+    for name in ("loss", "cross_entropy"):
+        assert last[0][name] == pytest.approx(last[1][name], rel=1e-6)
+    assert losses(whole)[-1] != pytest.approx(losses(by_step)[-1], rel=1e-3), "the two steps of a line are alike"
+
+
+def test_a_checkpoint_of_weights_alone_is_not_trained_from(make_trainer):
+    trainer = make_trainer(GAN, save_strategy="steps", save_steps=2, save_only_model=True)
+    trainer.train()
+    again = make_trainer(GAN, max_steps=6, folder="again")
+    with pytest.raises(UserError, match=r"checkpoint-4 lacks optimizer\.pt"):
+        again.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-4")
 
 
 def test_failed_saving_leaves_earlier_checkpoints_whole(make_trainer, monkeypatch, tmp_path):

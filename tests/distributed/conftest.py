@@ -16,6 +16,7 @@ from filelock import FileLock
 from transformers import TrainerState
 
 import data_parallel_cases as cases
+from vocabridge import cli
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,23 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> TwoProcesses:
     return TwoProcesses(folder, ranks, cases.losses(state.log_history))
 
 
+def _distill_alone(folder: Path) -> None:
+    """A run of the command line, and what two processes go on with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["vocabridge", *cases.resumable_words(folder, "by_one", rows=4)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert not stop.value.code
+    for name in ("by_one_then_two", "refused"):
+        cases.stopped_after(folder / "by_one", 2, folder / name)
+
+
 def _start(folder: Path) -> None:
     cases.write_inputs(folder)
     alone = cases.trainer(folder / "one", cases.GAN, num_processes=1, max_steps=4, save_strategy="steps", save_steps=2)
     alone.train()
     alone.save_state()
+    _distill_alone(folder)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
         [*launcher, str(Path(__file__).with_name("worker.py")), str(folder)],

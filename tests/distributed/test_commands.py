@@ -174,6 +174,39 @@ def test_distillation_evaluates_on_both_ranks_and_speaks_once(two_processes, tmp
         assert (run / "evaluation" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+def assert_same_losses(run: Path, expected: Path):
+    found, losses = cases.run_losses(run), cases.run_losses(expected)
+    assert list(found) == [1, 2, 3, 4]
+    assert len(set(losses.values())) == 4
+    assert found == pytest.approx(losses, rel=1e-5)
+
+
+def test_two_processes_resume_the_run_of_one(two_processes):
+    ranks = two_processes["resume"]
+    for turn in ("whole", "resumed"):
+        assert [rank[turn]["status"] for rank in ranks] == [0, 0], [rank[turn]["err"] for rank in ranks]
+    assert_same_losses(two_processes.folder / "by_two", two_processes.folder / "by_one")
+    assert_same_losses(two_processes.folder / "by_one_then_two", two_processes.folder / "by_one")
+
+
+def test_one_process_resumes_the_run_of_two(two_processes, tmp_path, monkeypatch):
+    run = cases.stopped_after(two_processes.folder / "by_two", 3, tmp_path / "run")
+    alone(cases.resumable_words(two_processes.folder, str(run), rows=4, resume=True), monkeypatch)
+    assert_same_losses(run, two_processes.folder / "by_two")
+
+
+def test_steps_of_other_rows_are_not_gone_on_with(two_processes):
+    ranks = two_processes["resume"]
+    assert [rank["refused"]["status"] for rank in ranks] == [2, 2]
+    (told,) = sentences([rank["refused"] for rank in ranks])
+    assert "refused/checkpoint-2 was written after steps of 4 rows, and now a step would hold 8" in told
+    assert "set training.per_device_train_batch_size=2 training.gradient_accumulation_steps=1" in told
+    run = two_processes.folder / "refused"
+    assert not (run / "checkpoint-3").exists()
+    assert "per_device_train_batch_size: 4" in (run / "recipe.yaml").read_text()
+    assert json.loads((run / "run.json").read_text())["num_processes"] == 1
+
+
 @pytest.mark.slow
 def test_a_launcher_ends_when_the_first_process_refuses(two_processes, tmp_path):
     """As users start it: each process is one of its own, and the launcher watches them."""

@@ -179,6 +179,15 @@ def distill(folder: Path) -> dict[str, Any]:
     return {"first": command(words), "again": command(words), "resumed": command([*words, "--resume"])}
 
 
+def resume(folder: Path) -> dict[str, Any]:
+    """A run of two processes; one of one process gone on with, with half the rows for each process, and with all."""
+    return {
+        "whole": command(cases.resumable_words(folder, "by_two", rows=2)),
+        "resumed": command(cases.resumable_words(folder, "by_one_then_two", rows=2, resume=True)),
+        "refused": command(cases.resumable_words(folder, "refused", rows=4, resume=True)),
+    }
+
+
 def large_value(folder: Path) -> dict[str, Any]:
     """More than the store takes at once, in both directions, and fewer items than processes."""
     data = bytes(range(256)) * 40_000
@@ -209,6 +218,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "bad_start": bad_start,
     "cache_teacher": cache_teacher,
     "distill": distill,
+    "resume": resume,
     "large_value": large_value,
 }
 
