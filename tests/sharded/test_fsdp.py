@@ -138,7 +138,7 @@ def test_a_checkpoint_is_whole_and_holds_no_weights_twice(two_processes):
 def test_an_optimizer_in_pickled_pieces_is_not_read(two_processes):
     found = two_processes["foreign_pieces"]
     assert not found["was_unpickled"]
-    assert set(cases.losses(found["log"])) == {1, 2, 3, 4}, "the weights are resumed all the same"
+    assert "checkpoint-2 lacks optimizer.pt" in found["told"]
 
 
 def test_the_best_checkpoint_is_kept_and_loaded(two_processes):
