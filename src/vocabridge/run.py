@@ -209,7 +209,7 @@ def _train(trainer: DistillationTrainer, start: _Start, *, is_stream: bool) -> N
             time.sleep(0.2)
         remedy = "with --resume, and with fewer training.dataloader_num_workers"
         if is_stream:
-            remedy = "with --resume when there is more (training.dataloader_num_workers must stay, data is streamed)"
+            remedy = "with --resume when there is more (data is streamed: training.dataloader_num_workers must stay)"
         raise UserError(
             "a process that prepares batches has died, perhaps for want of memory; the checkpoints are whole, so go on "
             f"{remedy}."
