@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_pair import ROWS, student_model, teacher_model
@@ -321,6 +322,31 @@ def test_options_without_effect_are_refused(make_trainer):
     for option in ({"label_smoothing_factor": 0.1}, {"neftune_noise_alpha": 5.0}, {"bf16_full_eval": True}):
         with pytest.raises(UserError, match="cannot be used with distillation losses"):
             make_trainer(GAN, **option)
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ({"hub_token": "hf_secret"}, "hf auth login"),
+        ({"hub_strategy": "all_checkpoints"}, "push_to_hub"),
+        ({"hub_always_push": True}, "push_to_hub"),
+        ({"enable_jit_checkpoint": True}, "SIGTERM saves"),
+        ({"save_on_each_node": True}, "the first process writes"),
+        ({"average_tokens_across_devices": False}, "all processes"),
+    ],
+)
+def test_options_that_break_a_promise_are_refused(tmp_path, option, instead):
+    with pytest.raises(UserError) as caught:
+        DistillationConfig(str(tmp_path), use_cpu=True, report_to="none", **option)
+    (name,) = option
+    assert f"training.{name} cannot be used" in str(caught.value)
+    assert instead in str(caught.value)
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_a_parallelism_of_accelerates_is_refused(tmp_path):
+    with pytest.raises(UserError, match="parallelism_config .* is not supported"):
+        DistillationConfig(str(tmp_path), use_cpu=True, report_to="none", parallelism_config=ParallelismConfig())
 
 
 def test_the_discriminators_gradient_does_not_shrink_the_students(make_trainer):

@@ -26,7 +26,7 @@ def check_engine(args: TrainingArguments) -> None:
     Raises:
         UserError: names what works instead.
     """
-    if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+    if args.parallelism_config is not None or parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise UserError(
             "accelerate's parallelism_config (tensor, context or sequence parallelism) is not supported; remove it and "
             "shard over all processes (configs/fsdp2.yaml)."

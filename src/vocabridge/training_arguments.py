@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from vocabridge.compilation import check_compilation
 from vocabridge.errors import UserError
 from vocabridge.prompts import Template
+from vocabridge.recipe.training import NOT_TAKEN
 from vocabridge.sharding import check_engine, check_shared_teacher
 from vocabridge.zero import load_models_whole, tell_deepspeed_of_cpu
 
@@ -20,8 +21,18 @@ logger = logging.getLogger(__name__)
 
 _WITHOUT_EFFECT = (
     *("label_smoothing_factor", "neftune_noise_alpha", "bf16_full_eval", "fp16_full_eval", "use_liger_kernel"),
+    *("liger_kernel_config", "optim_target_modules", "label_names", "include_for_metrics", "batch_eval_metrics"),
 )
-"""Arguments that ``transformers.Trainer`` applies to its own losses and models only."""
+"""Arguments that ``transformers.Trainer`` applies to its own losses, models, optimizers and metrics only."""
+_REFUSED = {
+    "average_tokens_across_devices": (True,),
+    "enable_jit_checkpoint": (False,),
+    "save_on_each_node": (False,),
+    "hub_token": (None,),
+    "hub_strategy": ("every_save", "end"),  # the first is the default, which cannot be told from a wish
+    "hub_always_push": (False,),
+}
+"""Arguments that a recipe cannot set either, and the values that ask for nothing."""
 
 
 @dataclass
@@ -72,6 +83,9 @@ class DistillationConfig(TrainingArguments):
         unused = [name for name in _WITHOUT_EFFECT if getattr(self, name, None)]
         if unused:
             raise UserError(f"training: {', '.join(unused)} cannot be used with distillation losses; leave it out.")
+        for name, accepted in _REFUSED.items():
+            if getattr(self, name) not in accepted:  # the value may be a secret
+                raise UserError(f"training.{name} cannot be used: {NOT_TAKEN[name]}; leave it out.")
         self._check_batching()
         check_engine(self)
         if self.shard_teacher:

@@ -53,7 +53,13 @@ NOT_TAKEN = {
     "do_predict": "use the evaluation section or 'vocabridge evaluate'",
     "local_rank": "torchrun and accelerate set it",
     "remove_unused_columns": "batches are plain tensors, no column is ever removed",
-    "hub_token": "log in with 'hf auth login'; a recipe is copied into the run folder and must hold no secret",
+    "average_tokens_across_devices": "losses are divided by the tokens of all processes, always",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint and stops anyway, and a second handler of it would be in the "
+    "way",
+    "save_on_each_node": "the first process writes for all, since all machines must see the run folder",
+    "hub_token": "log in with 'hf auth login' or set HF_TOKEN, so that no file of the run holds a secret",
+    "hub_strategy": "push_to_hub uploads the finished run, once",
+    "hub_always_push": "push_to_hub uploads the finished run, once",
 }
 """Fields of TrainingArguments that a recipe cannot set, and what to do instead."""
 
