@@ -345,7 +345,7 @@ def test_options_that_break_a_promise_are_refused(tmp_path, option, instead):
 
 
 def test_a_parallelism_of_accelerates_is_refused(tmp_path):
-    with pytest.raises(UserError, match="parallelism_config .* is not supported"):
+    with pytest.raises(UserError, match=r"parallelism_config .*is not supported"):
         DistillationConfig(str(tmp_path), use_cpu=True, report_to="none", parallelism_config=ParallelismConfig())
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -94,6 +98,49 @@ def test_state_is_that_of_a_trainer(
     assert planned["gradients"] == gradients.num_bytes
     assert planned.get("optimizer", 0) == sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     assert "communication" not in planned
+
+
+@pytest.fixture
+def one_gloo_process(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_fsdp2_holds_what_accelerate_makes_of_a_bfloat16_student(
+    one_gloo_process: None, has_lora: bool, mixed_precision: str, tiny_bpe_tokenizer: PreTrainedTokenizerFast
+):
+    student: Any = student_model(tiny_bpe_tokenizer).to(torch.bfloat16)
+    student = (add_lora(student, LoraSpec(r=2)) if has_lora else student).train()
+    placement = Placement("fsdp2", half=mixed_precision == "bf16")
+    parameters = list(student.parameters())
+    trained = [value for value in parameters if value.requires_grad]
+    assert (len(trained) < len(parameters)) == has_lora
+    planned = (
+        weight_bytes(parameters, placement),
+        gradient_bytes(trained, placement),
+        optimizer_bytes(trained, placement, optim="adamw_torch"),
+    )
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+    if mixed_precision != "no":
+        plugin.set_mixed_precision(mixed_precision)
+    accelerator: Any = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision=mixed_precision,
+        device=torch.device("cpu"),
+        is_main_process=False,  # which only logs, and would want all of accelerate's state for that
+    )
+    model = fsdp2_prepare_model(accelerator, student)
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad])
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.float().sum().backward()
+    optimizer.step()
+
+    gradients = [value.grad for value in model.parameters() if value.grad is not None]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert planned == tuple(sum(value.nbytes for value in held) for held in (model.parameters(), gradients, states))
 
 
 def test_fsdp2_has_the_first_piece_of_each_parameter(make_recipe: Any):

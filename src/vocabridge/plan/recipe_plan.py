@@ -124,18 +124,18 @@ def device_parts(recipe: Recipe, models: PlannedModels, placement: Placement) ->
 def _weights(models: PlannedModels, step: Step, placement: Placement) -> Iterator[Part]:
     student, learned = (list(module.parameters()) for module in (models.student, models.objective))
     buffers = sum(value.nbytes for value in models.objective.buffers())
-    yield Part("student's weights", weight_bytes(student, placement), _described(student))
+    yield Part("student's weights", weight_bytes(student, placement), _described(student, placement))
     yield Part("objective's weights", weight_bytes(learned, placement) + buffers, "projectors, discriminator, maps")
     if models.teacher is not None:
-        frozen = list(models.teacher.parameters())
-        basis = "embeddings and head" if step.teacher_is_cached else step.quantization or _described(frozen)
+        described = step.quantization or _described(list(models.teacher.parameters()), Placement())
+        basis = "embeddings and head" if step.teacher_is_cached else described
         where = "on every rank" if step.teacher_pieces == 1 else f"layers over {step.teacher_pieces} ranks"
         yield Part("teacher's weights", teacher_weight_bytes(models.teacher, step), f"{basis}, {where}")
 
 
-def _described(parameters: list[Any]) -> str:
+def _described(parameters: list[Any], placement: Placement) -> str:
     """``1.54 billion, bfloat16``."""
-    names = dict.fromkeys(str(value.dtype).removeprefix("torch.") for value in parameters)
+    names = dict.fromkeys(str(placement.held_dtype(value)).removeprefix("torch.") for value in parameters)
     number = sum(value.numel() for value in parameters)
     rounded = f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
     return f"{rounded}, {' and '.join(names)}"

@@ -14,6 +14,7 @@ zero3       c P / W       (c + 4) P_t / W  (s + 4) P_t / W        5e8 c, and c m
                                                                   gathered, and gradients before they are summed
 ==========  ============  ===============  =====================  ==================================================
 
+Under FSDP2 ``b`` of what is trained is 4 with ``bf16``, whatever type it was read in: accelerate makes it float32.
 ``c`` is 2 with ``bf16`` or ``fp16``, else b; ``R`` are the parameters outside the layers, ``L`` those of a layer.
 DeepSpeed keeps the trained weights once more in float32 (the 4) and copies gradients to float32 for its step; it fills
 a bucket of ``reduce_bucket_size`` (5e8) numbers, however small the model is. ZeRO-3 keeps layers that come again within
@@ -66,6 +67,11 @@ class Placement:
         """Weights keep their type and are cast where they are used; else the module's own type changes."""
         return self.half and self.strategy == "ddp"
 
+    def held_dtype(self, parameter: Tensor) -> torch.dtype:
+        """Of a parameter between steps, DeepSpeed apart: with mixed precision accelerate trains float32 under FSDP2."""
+        upcast = self.strategy == "fsdp2" and self.half and parameter.requires_grad
+        return torch.float32 if upcast else parameter.dtype
+
     def computed_bytes(self, parameters: Sequence[Tensor]) -> int:
         """Of all these parameters in the type of the forward."""
         return sum(parameter.numel() * (2 if self.half else parameter.itemsize) for parameter in parameters)
@@ -102,7 +108,7 @@ def optimizer_bytes(
         flat = torch.empty(math.ceil(num_elements(trained) / placement.world_size), device="meta")
         return flat.nbytes + optimizer_state_bytes([flat], optim, optim_args)
     if placement.strategy == "fsdp2":
-        trained = [_first_shard(parameter, placement.world_size) for parameter in trained]
+        trained = [_first_shard(parameter, placement) for parameter in trained]
     return optimizer_state_bytes(trained, optim, optim_args)
 
 
@@ -131,12 +137,13 @@ def communication_bytes(models: PlannedModels, placement: Placement) -> int:
 def _stored_bytes(parameters: Sequence[Tensor], placement: Placement) -> int:
     if placement.strategy == "ddp":
         return sum(parameter.nbytes for parameter in parameters)
-    return sum(_first_shard(parameter, placement.world_size).nbytes for parameter in parameters)
+    return sum(_first_shard(parameter, placement).nbytes for parameter in parameters)
 
 
-def _first_shard(parameter: Tensor, world_size: int) -> Tensor:
-    """What rank 0 gets: the first and largest of the pieces along the first axis."""
-    return parameter.detach()[: math.ceil(len(parameter) / world_size)] if parameter.dim() else parameter.detach()
+def _first_shard(parameter: Tensor, placement: Placement) -> Tensor:
+    """What rank 0 gets under FSDP2: the first and largest of the pieces along the first axis."""
+    whole = parameter.detach().to(placement.held_dtype(parameter))
+    return whole[: math.ceil(len(whole) / placement.world_size)] if whole.dim() else whole
 
 
 def _flat_piece(parameter: Tensor, world_size: int) -> Tensor:
