@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
     {"compilation", "sharding", "zero"},
     {"checkpoint_files"},
     {"saving", "interrupt", "model_card", "run_record", "training_arguments", "pair_cache", "assembly", "diagnostics"}
-    | {"checkpoint_contents", "rehearsal"},
+    | {"checkpoint_contents", "rehearsal", "hub"},
     {"batching", "sharded_state", "step_rows"},
     {"resuming"},
     {"checkpointing"},

@@ -20,6 +20,7 @@ from vocabridge.checkpoint_files import retire
 from vocabridge.distillation_model import DistillationModel
 from vocabridge.durable import write_in_one_piece
 from vocabridge.errors import UserError
+from vocabridge.hub import upload_run
 from vocabridge.metrics_log import METRICS_FILE
 from vocabridge.objectives.base import Objective
 from vocabridge.resuming import ResumableTrainer
@@ -68,15 +69,64 @@ class CheckpointingTrainer(ResumableTrainer):
     # --- write --------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As ``transformers.Trainer.save_model``, but whole under every engine."""
-        if not self.is_engine_sharded:
-            super().save_model(output_dir, _internal_call)
-            return
-        in_pieces = (self.is_fsdp_enabled or self.is_zero3) and self.is_engine_running
-        model, keep = self.distillation_model, self.args.should_save
-        self._save(output_dir, gather_weights(model, device=self.args.device, keep=keep) if in_pieces else None)
+        """As ``transformers.Trainer.save_model``, but whole under every engine; uploaded with ``push_to_hub``.
+
+        Raises:
+            UserError: it cannot be written, or was written and cannot be uploaded.
+        """
+        if self.is_engine_sharded:
+            in_pieces = (self.is_fsdp_enabled or self.is_zero3) and self.is_engine_running
+            model, keep = self.distillation_model, self.args.should_save
+            self._save(output_dir, gather_weights(model, device=self.args.device, keep=keep) if in_pieces else None)
+        else:
+            super().save_model(output_dir, _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            folder = Path(str(output_dir or self.args.output_dir))
+            self._on_first(lambda: upload_run(folder, self.args, commit_message="Model save"))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in ``transformers``, but of the run folder only what :mod:`vocabridge.hub` uploads, and no new card.
+
+        Returns:
+            The commit's address; None on other ranks than the first.
+
+        Raises:
+            UserError: it cannot be uploaded, or something is asked for that is not done.
+        """
+        if kwargs or not blocking:
+            raise UserError(
+                "push_to_hub uploads the run folder as it is, before it returns: leave 'blocking' out, and what is "
+                "for a model card, too; write README.md in the run folder instead."
+            )
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        return self._on_first(
+            lambda: upload_run(
+                Path(str(self.args.output_dir)),
+                self.args,
+                commit_message=commit_message,
+                token=token,
+                revision=revision,
+                private=private,
+            )
+        )
+
+    def _on_first(self, upload: Callable[[], str]) -> str | None:
+        addresses: list[str] = []
+        first = self.is_world_process_zero()
+        on_all_ranks(self.args, lambda: addresses.append(upload()) if first else None)
+        return addresses[0] if addresses else None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: ``transformers`` would pickle its arguments, and upload folders that are renamed meanwhile."""
 
     def save_state(self) -> None:
         """As its base, which writes in place: a link of the file's name must not be followed."""

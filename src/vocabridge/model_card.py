@@ -50,7 +50,7 @@ def write_model_card(
     text = _TEXT.format(
         metadata=data.to_yaml(),
         name=run_dir.name,
-        folder=run_dir,
+        folder=_address(recipe) or run_dir,
         student=recipe.student.model,
         taught=f", taught by `{teacher}`" if teacher else "",
         objective=recipe.objective.name,
@@ -65,3 +65,9 @@ def write_model_card(
         else "",
     )
     write_in_one_piece(run_dir / "README.md", text)
+
+
+def _address(recipe: Recipe) -> str | None:
+    """Where readers of the card find the student, if it is uploaded under a name that is known."""
+    training = recipe.training.arguments()
+    return training.get("hub_model_id") if training.get("push_to_hub") else None

@@ -27,6 +27,7 @@ from vocabridge.evaluation.evaluate import evaluate_model
 from vocabridge.evaluation.plan import EvaluationPlan, plan_evaluation
 from vocabridge.evaluation.responses import Responder
 from vocabridge.evaluation.results import EvaluationResult
+from vocabridge.hub import upload_run
 from vocabridge.metrics_log import METRICS_FILE
 from vocabridge.model_card import write_model_card
 from vocabridge.models.cached_teacher import CachedTeacher
@@ -124,6 +125,8 @@ def _distill(recipe: Recipe, ranks: Ranks, *, resume: bool, overwrite: bool) -> 
         torch.cuda.empty_cache()
     ranks.wait()  # the first one has the rest of the run folder to write
     evaluation = None if recipe.evaluation is None else _evaluate(recipe, run_dir, ranks=ranks)
+    if arguments.push_to_hub:
+        ranks.on_first(lambda: upload_run(run_dir, arguments))
     return RunResult(run_dir, interrupted=False, steps=steps, evaluation=evaluation)
 
 
@@ -419,7 +422,7 @@ def _stream(
 
 
 def _save_final(trainer: DistillationTrainer, run_dir: Path, recipe: Recipe) -> None:
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # nothing is uploaded before all is there
     trainer.save_state()
     student = trainer.student
     if isinstance(student, PeftModel) and trainer.is_world_process_zero():

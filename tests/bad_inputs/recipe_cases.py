@@ -189,6 +189,12 @@ STUDIES = [
     in_study(
         "study: output_dir is a model", "study.yaml:2: output_dir is the folder of the model", output_dir="student"
     ),
+    BadInput(
+        "study: its runs are pushed",
+        ("study.yaml:1: base or a variant sets training.push_to_hub", "overwrite each other", "hf upload"),
+        lambda folder: change_yaml(folder / RECIPE, training__push_to_hub=True),
+        ("study", "study.yaml"),
+    ),
     in_study("study: a seed twice", "study.yaml:4: seeds is refused: 1 is given twice", seeds=[1, 1]),
     in_study("study: a variant's name leads out", "no variant's name", variants={"plain": None, "../x": None}),
     in_study(

@@ -150,7 +150,8 @@ def load_study(path: str | Path) -> StudyPlan:
             problems += [line if line.startswith(known) or line in in_base else f"{place}: {line}" for line in lines]
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
-    Source(str(path), mapping.lines).refuse(_problems_of_folder(folder, recipes.values()))
+    whole = [*_problems_of_folder(folder, recipes.values()), *_problems_of_hub(recipes.values())]
+    Source(str(path), mapping.lines).refuse(whole)
     runs = tuple(
         PlannedRun(variant, seed, run_folder(folder, variant, seed), recipes[variant, seed])
         for seed in settings.seeds
@@ -249,6 +250,16 @@ def _problems_of_folder(folder: Path, recipes: Iterable[Recipe]) -> list[Problem
         for model in sorted(models)
         if real_path(model) == real_path(folder)
     ]
+
+
+def _problems_of_hub(recipes: Iterable[Recipe]) -> Iterator[Problem]:
+    """Run folders of all variants are called ``seed0``, ``seed1``, as their repositories would be."""
+    if any(recipe.training.arguments().get("push_to_hub") for recipe in recipes):
+        yield Problem(
+            ("base",),
+            "or a variant sets training.push_to_hub, so that runs would overwrite each other on the hub; leave it out "
+            "and upload the run that you choose: hf upload REPOSITORY RUN_FOLDER . --exclude 'checkpoint-*'.",
+        )
 
 
 def _recipe(base: _Base, overrides: Mapping[str, Any], *, own: Mapping[str, Any], place: str, folder: Path) -> Recipe:
