@@ -12,6 +12,7 @@ from tiny_pair import student_model, teacher_model
 from vocabridge.cache_teacher import cache_teacher
 from vocabridge.plan.disk import cache_size, disk_parts
 from vocabridge.plan.models import planned_models
+from vocabridge.plan.recipe_plan import recipe_plan
 from vocabridge.run import distill
 from vocabridge.text import read_examples
 
@@ -72,6 +73,19 @@ def test_only_adapters_and_no_checkpoints(make_recipe: Any):
     assert "checkpoints together" not in parts  # all are kept
     without = make_recipe(training={"save_strategy": "no"})
     assert [part.name for part in disk_parts(without, planned_models(without))] == ["finished student"]
+
+
+def test_fsdp2_saves_the_float32_in_which_it_trains(make_recipe: Any):
+    sides = {"objective": {"name": "cross_entropy"}, "teacher": None}
+    recipe = make_recipe(student={"dtype": "bfloat16"}, training={"bf16": True}, **sides)
+    models = planned_models(recipe)
+    number = sum(value.numel() for value in models.student.parameters())
+    num_tensors = len(models.trained)  # each with the number of the step
+    for strategy, width in (("ddp", 2), ("fsdp2", 4)):
+        plan = recipe_plan(recipe, strategy=strategy, world_size=2)
+        parts = {part.name: part.num_bytes for part in plan.disk}
+        assert parts["checkpoint"] == 3 * width * number + 4 * num_tensors
+        assert parts["finished student"] == width * number
 
 
 def test_data_of_elsewhere_leave_the_cache_open(make_recipe: Any):

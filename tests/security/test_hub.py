@@ -179,4 +179,4 @@ def test_no_link_no_pickle_and_nothing_hidden_leaves_the_folder(hub: StandIn, tm
     upload_run(run, DistillationConfig(str(run), use_cpu=True, report_to="none"))
     first, second = (upload.names for upload in hub.uploads)
     assert second == {"config.json", "odd [name].json", "additional_chat_templates/tool.jinja"}
-    assert first == second | {"adapter/adapter.safetensors"}
+    assert first == second | {"adapter/adapter_model.safetensors"}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from vocabridge.cache_teacher import teacher_rows
 from vocabridge.models.capture import trunk_shape
@@ -19,25 +19,28 @@ from vocabridge.models.teacher_capture import CaptureSize, capture_size
 from vocabridge.plan.models import PlannedModels
 from vocabridge.plan.optimizer_states import optimizer_state_bytes
 from vocabridge.plan.step import Part
+from vocabridge.plan.training_state import Placement, held
 from vocabridge.recipe import Recipe
 
+_ONE_PROCESS = Placement()
 
-def disk_parts(recipe: Recipe, models: PlannedModels) -> Iterator[Part]:
+
+def disk_parts(recipe: Recipe, models: PlannedModels, placement: Placement = _ONE_PROCESS) -> Iterator[Part]:
     """Of the whole run, whatever the number of ranks: they write one checkpoint together."""
     arguments = recipe.training.arguments()
-    if checkpoint := checkpoint_bytes(arguments, models):
+    if checkpoint := checkpoint_bytes(arguments, models, placement):
         basis = "student, learned parts" + ("" if arguments.get("save_only_model") else ", optimizer")
         limit = arguments.get("save_total_limit")
         kept = "all are kept: set training.save_total_limit" if limit is None else f"{limit} kept, 1 being written"
         yield Part("checkpoint", checkpoint, f"each; {kept}")
         if limit is not None:
             yield Part("checkpoints together", checkpoint * (limit + 1), basis)
-    yield Part("finished student", finished_bytes(models), "with learned parts")
+    yield Part("finished student", finished_bytes(models, placement), "with learned parts")
     if recipe.teacher is not None and recipe.teacher.cache is not None and (size := cache_size(recipe, models)):
         yield Part("teacher cache", size.num_bytes, f"{size.rows:,} rows, {size.tokens:,} tokens")
 
 
-def checkpoint_bytes(arguments: Mapping[str, Any], models: PlannedModels) -> int:
+def checkpoint_bytes(arguments: Mapping[str, Any], models: PlannedModels, placement: Placement = _ONE_PROCESS) -> int:
     """Of one checkpoint; 0 where none is saved.
 
     Raises:
@@ -48,13 +51,14 @@ def checkpoint_bytes(arguments: Mapping[str, Any], models: PlannedModels) -> int
     optimizer = 0
     if not arguments.get("save_only_model"):
         optim, optim_args = arguments.get("optim", "adamw_torch"), arguments.get("optim_args")
-        optimizer = optimizer_state_bytes(models.trained, optim, optim_args)
-    return _student_bytes(models.student) + _learned_bytes(models) + optimizer
+        trained = [held(value, placement) for value in models.trained]
+        optimizer = optimizer_state_bytes(trained, optim, optim_args)
+    return _student_bytes(models.student, placement) + _learned_bytes(models, placement) + optimizer
 
 
-def finished_bytes(models: PlannedModels) -> int:
+def finished_bytes(models: PlannedModels, placement: Placement = _ONE_PROCESS) -> int:
     """Of what a finished run is for: the student whole, adapters merged, and the learned parts."""
-    return sum(value.nbytes for value in models.student.parameters()) + _learned_bytes(models)
+    return _held_bytes(models.student.parameters(), placement) + _learned_bytes(models, placement)
 
 
 def cache_size(recipe: Recipe, models: PlannedModels) -> CaptureSize | None:
@@ -83,11 +87,16 @@ def cache_size(recipe: Recipe, models: PlannedModels) -> CaptureSize | None:
     return capture_size(list({row.key: row for row in rows}.values()), key)
 
 
-def _learned_bytes(models: PlannedModels) -> int:
-    return sum(value.nbytes for value in models.objective.state_dict().values())
+def _learned_bytes(models: PlannedModels, placement: Placement) -> int:
+    return _held_bytes(models.objective.state_dict(keep_vars=True).values(), placement)
 
 
-def _student_bytes(student: nn.Module) -> int:
+def _held_bytes(values: Iterable[Tensor], placement: Placement) -> int:
+    """A save writes the types in which weights are held."""
+    return sum(held(value, placement).nbytes for value in values)
+
+
+def _student_bytes(student: nn.Module, placement: Placement) -> int:
     """Of LoRA's adapters alone, which is what a checkpoint holds of them."""
     saved = [value for value in student.parameters() if value.requires_grad or not isinstance(student, PeftModel)]
-    return sum(value.nbytes for value in saved)
+    return _held_bytes(saved, placement)

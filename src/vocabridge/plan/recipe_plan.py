@@ -86,7 +86,7 @@ def recipe_plan(
         strategy=strategy,
         world_size=world_size,
         device=parts,
-        disk=tuple(disk_parts(recipe, models)),
+        disk=tuple(disk_parts(recipe, models, placement)),
         notes=tuple(unknown(models, step_of(recipe, placement.world_size), placement)),
         device_memory=device_memory,
         changes=tuple(sorted(changes, key=lambda change: -change.saving)),

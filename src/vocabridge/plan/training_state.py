@@ -140,9 +140,14 @@ def _stored_bytes(parameters: Sequence[Tensor], placement: Placement) -> int:
     return sum(_first_shard(parameter, placement).nbytes for parameter in parameters)
 
 
+def held(parameter: Tensor, placement: Placement) -> Tensor:
+    """The whole of a parameter in its type between steps, DeepSpeed apart."""
+    return parameter.detach().to(placement.held_dtype(parameter))
+
+
 def _first_shard(parameter: Tensor, placement: Placement) -> Tensor:
     """What rank 0 gets under FSDP2: the first and largest of the pieces along the first axis."""
-    whole = parameter.detach().to(placement.held_dtype(parameter))
+    whole = held(parameter, placement)
     return whole[: math.ceil(len(whole) / placement.world_size)] if whole.dim() else whole
 
 
