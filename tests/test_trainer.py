@@ -331,6 +331,7 @@ def test_options_without_effect_are_refused(make_trainer):
         ({"hub_strategy": "all_checkpoints"}, "push_to_hub"),
         ({"hub_always_push": True}, "push_to_hub"),
         ({"enable_jit_checkpoint": True}, "SIGTERM saves"),
+        ({"auto_find_batch_size": True}, "vocabridge plan"),
         ({"save_on_each_node": True}, "the first process writes"),
         ({"average_tokens_across_devices": False}, "all processes"),
     ],

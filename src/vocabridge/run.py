@@ -52,8 +52,9 @@ _RUN_FILES = (_RECIPE_FILE, "run.json")
 _FREE_KEYS = (
     "evaluation.",
     "teacher.cache",
-    *(f"training.{name}" for name in ("max_steps", "num_train_epochs", "save_", "logging_", "eval_", "report_to")),
-    *(f"training.{name}" for name in ("diagnostics_", "disable_tqdm", "output_dir", "dataloader_", "per_device_eval_")),
+    *(f"training.{name}" for name in ("max_steps", "num_train_epochs", "save_", "logging_", "eval_", "diagnostics_")),
+    *(f"training.{name}" for name in ("disable_tqdm", "output_dir", "dataloader_", "per_device_eval_")),
+    *(f"training.{name}" for name in ("report_to", "push_to_hub", "hub_")),
 )
 """What may change between a run and its resumption: how long it trains and what is seen of it. Optimizer settings may
 not: the checkpoint's own would go on, and the recipe would record others."""

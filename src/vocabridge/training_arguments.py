@@ -25,6 +25,7 @@ _WITHOUT_EFFECT = (
 )
 """Arguments that ``transformers.Trainer`` applies to its own losses, models, optimizers and metrics only."""
 _REFUSED = {
+    "auto_find_batch_size": (False,),
     "average_tokens_across_devices": (True,),
     "enable_jit_checkpoint": (False,),
     "save_on_each_node": (False,),
@@ -140,7 +141,6 @@ class DistillationConfig(TrainingArguments):
             default = type(self).__dataclass_fields__["per_device_train_batch_size"].default
             without_meaning |= {
                 "per_device_train_batch_size (the budget takes its place)": self.per_device_train_batch_size != default,
-                "auto_find_batch_size": self.auto_find_batch_size,
             }
         if refused := [name for name, is_set in without_meaning.items() if is_set]:
             raise UserError(f"training: {', '.join(refused)} cannot be used with {asked}; leave one of them out.")

@@ -117,6 +117,7 @@ NAMES = [
     set_in_recipe("training.hub_strategy", "checkpoint", "training.hub_strategy cannot be set", "finished run, once"),
     set_in_recipe("training.hub_always_push", True, "training.hub_always_push cannot be set", "finished run, once"),
     set_in_recipe("training.enable_jit_checkpoint", True, "enable_jit_checkpoint cannot be set", "SIGTERM saves"),
+    set_in_recipe("training.auto_find_batch_size", True, "auto_find_batch_size cannot be set", "vocabridge plan"),
     set_in_recipe("training.save_on_each_node", True, "save_on_each_node cannot be set", "first process writes"),
     set_in_recipe("training.average_tokens_across_devices", False, "across_devices cannot be set", "of all processes"),
     set_in_recipe("evaluation.in_domain: unknown", ["dolly"], "names 'dolly'", "no data file", "Known: test"),

@@ -53,6 +53,8 @@ NOT_TAKEN = {
     "do_predict": "use the evaluation section or 'vocabridge evaluate'",
     "local_rank": "torchrun and accelerate set it",
     "remove_unused_columns": "batches are plain tensors, no column is ever removed",
+    "auto_find_batch_size": "steps would come to hold other rows than the recipe says; 'vocabridge plan' tells what "
+    "fits, and training.max_tokens_per_batch bounds a batch",
     "average_tokens_across_devices": "losses are divided by the tokens of all processes, always",
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint and stops anyway, and a second handler of it would be in the "
     "way",
