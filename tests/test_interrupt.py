@@ -16,7 +16,8 @@ from vocabridge.interrupt import InterruptCallback
 from vocabridge.preemption import Preempted, sigterm_raises
 
 ARGS: Any = SimpleNamespace(world_size=1, device="cpu")
-STATE = TrainerState()
+STATE = TrainerState(epoch=0.5)
+EPOCH_END = TrainerState(epoch=2.0)
 
 
 @pytest.fixture(autouse=True)
@@ -50,20 +51,34 @@ def test_the_step_is_finished_and_saved(callback: InterruptCallback, number: int
     callback.on_step_end(ARGS, STATE, control)
     assert (control.should_save, control.should_training_stop) == (True, True)
     assert (callback.interrupted, callback.preempted) == (True, preempted)
-    control.should_evaluate = True  # by the epoch's end, where training stops; the checkpoint is written already
+    # The trainer says that an epoch ends, though it was broken off; the checkpoint is written already.
+    control.should_log = control.should_evaluate = True
     callback.on_epoch_end(ARGS, STATE, control)
-    assert (control.should_save, control.should_evaluate) == (False, False)
+    assert (control.should_log, control.should_save, control.should_evaluate) == (False, False, False)
     callback.on_train_end(ARGS, STATE, control)
     callback.raise_late()
 
 
 def test_a_signal_after_the_last_step_of_an_epoch_loses_no_checkpoint(callback: InterruptCallback) -> None:
     control = TrainerControl()
-    callback.on_step_end(ARGS, STATE, control)
+    callback.on_step_end(ARGS, EPOCH_END, control)
     send(signal.SIGTERM)  # while the step is evaluated, say
     control.should_save = True  # save_strategy: epoch
-    callback.on_epoch_end(ARGS, STATE, control)
+    callback.on_epoch_end(ARGS, EPOCH_END, control)
     assert (control.should_save, control.should_training_stop, callback.interrupted) == (True, True, True)
+
+
+@pytest.mark.parametrize("last", ["of the epoch", "of training"])
+def test_a_signal_in_the_last_step_waits_for_the_evaluation(callback: InterruptCallback, last: str) -> None:
+    state, control = (EPOCH_END, TrainerControl()) if last == "of the epoch" else (STATE, TrainerControl(True))
+    stops = control.should_training_stop
+    send(signal.SIGTERM)
+    callback.on_step_end(ARGS, state, control)
+    assert (control.should_save, control.should_training_stop, callback.interrupted) == (False, stops, False)
+    control.should_log = control.should_evaluate = True
+    callback.on_epoch_end(ARGS, state, control)
+    assert (control.should_log, control.should_evaluate, control.should_save) == (True, True, True)
+    assert (control.should_training_stop, callback.interrupted, callback.preempted) == (True, True, True)
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Preempted)])

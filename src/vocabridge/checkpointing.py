@@ -270,22 +270,23 @@ class CheckpointingTrainer(ResumableTrainer):
         cast(LRScheduler, self.lr_scheduler).load_state_dict(schedule)
 
     def _rewind_metrics(self, checkpoint: Path) -> None:
-        """Drop the lines of steps that are about to be trained again, so that every step stands once in the file."""
+        """Keep the lines that the checkpoint knows; what came after them is about to come again."""
         path = Path(str(self.args.output_dir)) / METRICS_FILE
-        if not path.is_file() or not (checkpoint / "trainer_state.json").is_file():
+        if not path.is_file() or not (checkpoint / TRAINER_STATE_NAME).is_file():
             return
-        step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        known = {json.dumps(entry, sort_keys=True) for entry in state["log_history"]}
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if _step_of(line) <= step and "train_runtime" not in line]
+        kept = [line for line in lines if _in_order(line) in known]
         write_in_one_piece(path, "".join(f"{line}\n" for line in kept))
 
 
-def _step_of(line: str) -> float:
-    """Of a line of the log; infinite of one that a kill tore or that is no such line."""
+def _in_order(line: str) -> str:
+    """A line of the log with its names in order; empty of one that a kill tore."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return float("inf")
+        return json.dumps(json.loads(line), sort_keys=True)
+    except ValueError:
+        return ""
 
 
 def on_all_ranks(args: TrainingArguments, step: Callable[[], object]) -> None:

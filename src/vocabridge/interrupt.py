@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class InterruptCallback(TrainerCallback):
-    """The first SIGINT or SIGTERM asks for a checkpoint and a stop after the running step.
+    """The first SIGINT or SIGTERM asks for a checkpoint and a stop after the running step, and what is due after it.
 
     A second SIGINT stops at once; a second SIGTERM is ignored, because launchers and schedulers both send one.
     """
@@ -42,19 +42,26 @@ class InterruptCallback(TrainerCallback):
                 return
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the trainer to save and stop; with several processes, as soon as one of them was told to."""
-        self._stop_if_told(args, control)
+        """Ask the trainer to save and stop; with several processes, as soon as one of them was told to.
+
+        At the end of an epoch the stop can wait for :meth:`on_epoch_end`: no later start would make up for what is
+        logged, evaluated and remembered as the best there.
+        """
+        if not _ends_epoch(state, control):
+            self._stop_if_told(args, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The checkpoint may be there already; an epoch's own evaluation and saving would come in the middle of it."""
+        """Stop after the epoch's evaluation, with a checkpoint that knows it.
+
+        In the middle of an epoch, where the trainer calls this after a stop as well, the checkpoint is there already,
+        and what an epoch ends with is left to the later start.
+        """
         if self.interrupted:
-            control.should_save = False
-        else:  # the signal may have come after the epoch's last step, while that was evaluated or saved
+            control.should_log = control.should_evaluate = control.should_save = False
+        else:
             self._stop_if_told(args, control)
-        if self.interrupted:
-            control.should_evaluate = False
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,3 +104,9 @@ class InterruptCallback(TrainerCallback):
         self._signalled, self.preempted = True, number == signal.SIGTERM
         again = "" if self.preempted else "; press Ctrl-C again to stop at once"
         logger.warning("stopping after this step and saving a checkpoint%s", again)
+
+
+def _ends_epoch(state: TrainerState, control: TrainerControl) -> bool:
+    """Whether this step is an epoch's last one, or training's."""
+    is_whole = state.epoch is not None and float(state.epoch).is_integer()
+    return is_whole or control.should_epoch_stop or control.should_training_stop

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from vocabridge.batching import LengthGroupingTrainer
 from vocabridge.checkpoint_contents import check_goes_on
@@ -22,6 +24,8 @@ class ResumableTrainer(LengthGroupingTrainer):
 
     _tally: dict[str, Tensor]
     """By name, ``[sum, count]`` since the last line of the log."""
+    _epoch_to_end: int | None = None
+    """All steps of this epoch are in the resumed checkpoint, and the evaluation at its end is not."""
 
     def train(
         self,
@@ -62,15 +66,61 @@ class ResumableTrainer(LengthGroupingTrainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        """The best checkpoint is looked for beside the one that is resumed: the run folder may have been moved."""
-        place = super()._init_training_state(
+        """The best checkpoint is looked for beside the one that is resumed: the run folder may have been moved.
+
+        An epoch that lacks only the evaluation at its end is not over.
+        """
+        epochs_trained, steps_trained = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        if resume_from_checkpoint is not None and self.state.best_global_step:
+        self._epoch_to_end = None
+        if resume_from_checkpoint is None:
+            return epochs_trained, steps_trained
+        if self.state.best_global_step:
             best = Path(resume_from_checkpoint).with_name(f"checkpoint-{self.state.best_global_step}")
             if best.is_dir():
                 self.state.best_model_checkpoint = str(best)
-        return place
+        step = self.state.global_step
+        is_whole = step % num_update_steps_per_epoch == 0
+        if (is_whole or step >= max_steps) and lacks_evaluation(self.args, self.state):
+            epochs_trained, steps_trained = epochs_trained - is_whole, 0
+            self._epoch_to_end = epochs_trained
+        return epochs_trained, steps_trained
+
+    def _run_epoch(
+        self,
+        model: Any,
+        epoch: int,
+        train_dataloader: Any,
+        steps_in_epoch: int,
+        num_update_steps_per_epoch: int,
+        trial: Any,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        resume_from_checkpoint: str | None,
+        epochs_trained: int,
+        steps_trained_in_current_epoch: int,
+    ) -> None:
+        """As in ``transformers``, and only the end of an epoch whose steps are all trained."""
+        if epoch != self._epoch_to_end:
+            super()._run_epoch(
+                model=model,
+                epoch=epoch,
+                train_dataloader=train_dataloader,
+                steps_in_epoch=steps_in_epoch,
+                num_update_steps_per_epoch=num_update_steps_per_epoch,
+                trial=trial,
+                ignore_keys_for_eval=ignore_keys_for_eval,
+                start_time=start_time,
+                resume_from_checkpoint=resume_from_checkpoint,
+                epochs_trained=epochs_trained,
+                steps_trained_in_current_epoch=steps_trained_in_current_epoch,
+            )
+            return
+        self._load_rng_state(resume_from_checkpoint)
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        self.control.should_save = True  # or a later start would evaluate once more
+        self._maybe_log_save_evaluate(self._tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time)
 
     # The two below are called on every rank, for its own share, and reading comes before the first resumed step.
 
@@ -106,3 +156,14 @@ class ResumableTrainer(LengthGroupingTrainer):
         """Sums of the steps since the last line of the log."""
         rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
         return f"log_window{rank}.json"
+
+
+def lacks_evaluation(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether a checkpoint of an epoch's last step was written before the evaluation that the epoch ends with.
+
+    ``save_strategy: steps`` does so, and a kill may come between the two.
+    """
+    if args.eval_strategy != IntervalStrategy.EPOCH or (state.epoch or 0) < args.eval_delay:
+        return False
+    entries = [entry for entry in state.log_history if entry["step"] == state.global_step]
+    return not any(name.startswith("eval_") for entry in entries for name in entry)

@@ -38,6 +38,7 @@ from vocabridge.ranks import Ranks, launched_ranks
 from vocabridge.recipe import EvaluationSettings, Recipe, recipe_from_values
 from vocabridge.recipe.loading import read_recipe_file
 from vocabridge.recipe.yaml_text import read_mapping
+from vocabridge.resuming import lacks_evaluation
 from vocabridge.run_record import write_run_record
 from vocabridge.saving import OBJECTIVE_FILE, load_parts, load_student_weights, publish, save_student, staged_folder
 from vocabridge.step_rows import STEP_ROWS_FILE
@@ -187,6 +188,8 @@ def _start_of(run_dir: Path, recipe: Recipe, arguments: DistillationConfig) -> _
 
 def _is_end(state: TrainerState, arguments: DistillationConfig) -> bool:
     """Whether a checkpoint is the end of the training that is asked for."""
+    if lacks_evaluation(arguments, state):
+        return False
     if arguments.max_steps > 0:
         return state.global_step >= arguments.max_steps
     return state.num_train_epochs == arguments.num_train_epochs and state.global_step >= state.max_steps

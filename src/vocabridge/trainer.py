@@ -259,6 +259,10 @@ class DistillationTrainer(OptimizingTrainer):
         finally:
             self.args.load_best_model_at_end, self.args.save_total_limit = best, limit
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether ``save_strategy: best`` saves; an interruption does so whatever the metric is."""
+        return super()._determine_best_metric(metrics, trial) or self.interrupt.interrupted
+
     def _get_num_items_in_batch(self, batch_samples: list[PairBatch], device: torch.device) -> Any:
         """Supervised positions of the whole optimizer step by unit, summed over accumulation and ranks."""
         if not batch_samples:  # a stream that ends with the step before

@@ -42,9 +42,12 @@ def write_models(folder: Path, student: PreTrainedTokenizerFast, teacher: PreTra
 
 
 def recipe() -> dict[str, Any]:
-    """Six steps with every learned part; saves are in the middle of epochs and of the lines of the log."""
+    """Six steps with every learned part; saves are in the middle of epochs and of the lines of the log.
+
+    The steps at the end of an epoch are saved before the epoch is evaluated.
+    """
     return {
-        "data": {"train": "train.jsonl", "max_length": 128},
+        "data": {"train": "train.jsonl", "validation": "test.jsonl", "max_length": 128},
         "student": {"model": "student", "dtype": "float32"},
         "teacher": {"model": "teacher", "dtype": "float32"},
         "objective": {"name": "dskd_cma", "matching": "gan", "gan": {"hidden_size": 16}},
@@ -56,6 +59,7 @@ def recipe() -> dict[str, Any]:
             "logging_steps": 2,
             "save_steps": 1,
             "save_total_limit": 2,
+            "eval_strategy": "epoch",
             "disable_tqdm": True,
             "use_cpu": True,
             "diagnostics_steps": 0,
