@@ -40,7 +40,15 @@ from vocabridge.recipe.loading import read_recipe_file
 from vocabridge.recipe.yaml_text import read_mapping
 from vocabridge.resuming import lacks_evaluation
 from vocabridge.run_record import write_run_record
-from vocabridge.saving import OBJECTIVE_FILE, load_parts, load_student_weights, publish, save_student, staged_folder
+from vocabridge.saving import (
+    OBJECTIVE_FILE,
+    finish_publishing,
+    load_parts,
+    load_student_weights,
+    publish,
+    save_student,
+    staged_folder,
+)
 from vocabridge.step_rows import STEP_ROWS_FILE
 from vocabridge.text import Example
 from vocabridge.trainer import DistillationTrainer
@@ -177,6 +185,7 @@ def _start_of(run_dir: Path, recipe: Recipe, arguments: DistillationConfig) -> _
     Raises:
         UserError: all checkpoints are damaged, or more of the recipe has changed than may.
     """
+    finish_publishing(run_dir)
     checkpoint = last_whole_checkpoint(run_dir)
     goes_on = checkpoint is None or not _is_end(read_state(checkpoint), arguments)
     steps_are_compared = checkpoint is not None and goes_on and (checkpoint / STEP_ROWS_FILE).is_file()

@@ -28,6 +28,7 @@ from vocabridge.objectives.base import Objective
 OBJECTIVE_FILE = "objective.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 STAGING = ".saving"
+_REPLACED = ".replaced"
 
 
 @contextmanager
@@ -38,6 +39,7 @@ def staged_folder(run_dir: Path) -> Iterator[Path]:
         UserError: the disk is full or the folder cannot be written; what was in ``run_dir`` before is untouched.
     """
     staging = run_dir / STAGING
+    finish_publishing(run_dir)
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
@@ -68,9 +70,17 @@ def publish(staging: Path, target_dir: Path) -> None:
     for path in ready:
         target = target_dir / path.name
         if target.is_dir():  # deleted with the staging folder, when the new one is in its place
-            target.rename(staging / f"{path.name}.replaced")
+            target.rename(staging / f"{path.name}{_REPLACED}")
         path.replace(target)
     sync_folder(target_dir)
+
+
+def finish_publishing(run_dir: Path) -> None:
+    """Give a folder its name if a kill came when the one before it had just lost that name, and both are staged."""
+    for replaced in (run_dir / STAGING).glob(f"*{_REPLACED}"):
+        ready = replaced.with_name(replaced.name.removesuffix(_REPLACED))
+        if ready.exists():  # whole and on the disk, as all that is about to be published
+            ready.rename(run_dir / ready.name)
 
 
 def save_parts(

@@ -91,6 +91,33 @@ def test_damaged_checkpoints_are_named_and_an_earlier_one_is_used(
     assert damage(workplace / "run" / "checkpoint-6") is None
 
 
+def test_a_kill_while_the_only_checkpoint_is_replaced_does_not_lose_it(
+    server: ForkServer, whole: Path, workplace: Path
+) -> None:
+    """The old one has just been renamed and the new one not yet; it is written again because the evaluation is new."""
+    command = [*DISTILL, "training.save_total_limit=1", "--resume"]
+
+    def only_the_last_checkpoint() -> None:
+        shutil.rmtree(workplace / "run", ignore_errors=True)
+        shutil.copytree(whole, workplace / "run")
+        for path in checkpoints(workplace / "run")[:-1]:
+            shutil.rmtree(path)
+
+    only_the_last_checkpoint()
+    last_rename = server.start(command, workplace, fault=Fault(r"\.saving/checkpoint-6$", 10**6)).operations
+    only_the_last_checkpoint()
+    assert server.start(command, workplace, fault=Fault(r"\.saving/checkpoint-6$", last_rename)).struck
+    assert sorted(path.name for path in (workplace / "run" / ".saving").iterdir()) == [
+        "checkpoint-6",
+        "checkpoint-6.replaced",
+    ]
+    assert not checkpoints(workplace / "run")
+    done(server.start(command, workplace))
+    assert run_results(workplace / "run") == run_results(whole)
+    assert "train_runtime" not in (workplace / "run" / "metrics.jsonl").read_text(), "it was trained once more"
+    assert not (workplace / "run" / ".saving").exists()
+
+
 def test_without_a_whole_checkpoint_nothing_is_trained(server: ForkServer, whole: Path, workplace: Path) -> None:
     damaged_copy(whole, workplace, "trainer_state.json", b"{")
     for path in checkpoints(workplace / "run")[:-1]:
