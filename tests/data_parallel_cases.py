@@ -187,6 +187,21 @@ def run_losses(run: Path) -> dict[int, float]:
     return losses([json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()])
 
 
+def long_distill_words(folder: Path, output: Path) -> list[str]:
+    """The command line of two epochs of four steps on two processes, each evaluated at its end; no scores."""
+    settings = {
+        "data.validation": folder / "rows.jsonl",
+        "evaluation": "null",
+        "training.output_dir": output,
+        "training.max_steps": 8,
+        "training.per_device_train_batch_size": 1,
+        "training.eval_strategy": "epoch",
+        "training.logging_steps": 2,
+        "training.diagnostics_steps": 0,
+    }
+    return ["distill", str(folder / "recipe.yaml"), *(f"{name}={value}" for name, value in settings.items())]
+
+
 def evaluate_words(folder: Path, output: Path) -> list[str]:
     """The command line of an evaluation with samples."""
     words = ["evaluate", str(folder / "student"), "--data", str(folder / "rows.jsonl"), "--seeds", "10", "20"]

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import data_parallel_cases as cases
+from faults.phases import run_results
 from vocabridge import cli
 
 PREDICTIONS = [f"predictions/rows.seed{seed}.jsonl" for seed in (10, 20)]
@@ -205,6 +206,34 @@ def test_steps_of_other_rows_are_not_gone_on_with(two_processes):
     assert not (run / "checkpoint-3").exists()
     assert "per_device_train_batch_size: 4" in (run / "recipe.yaml").read_text()
     assert json.loads((run / "run.json").read_text())["num_processes"] == 1
+
+
+@pytest.mark.parametrize("step", ["3", "4"])
+def test_sigterm_to_one_rank_stops_both_and_nothing_is_lost(two_processes, step):
+    """Within an epoch, and in its last step, where its evaluation comes first."""
+    ranks = two_processes["preempted"]
+    assert [rank["whole"]["status"] for rank in ranks] == [0, 0]
+    assert [rank[step]["stopped"]["status"] for rank in ranks] == [0, 0], "SIGTERM is no failure"
+    told = [line for line in sentences([rank[step]["stopped"] for rank in ranks]) if "interrupted" in line]
+    assert len(told) == 1
+    assert told[0].startswith("interrupted; go on with: vocabridge distill ")
+    assert [rank[step]["left"] for rank in ranks] == [{f"checkpoint-{step}": None}] * 2, (
+        "one checkpoint, and it is whole"
+    )
+    assert [rank[step]["resumed"]["status"] for rank in ranks] == [0, 0]
+    expected = run_results(two_processes.folder / "undisturbed")
+    assert run_results(two_processes.folder / f"stopped_in_{step}") == expected
+    assert [entry["step"] for entry in expected["log"] if "eval_loss" in entry] == [4, 8]
+    assert [entry["step"] for entry in expected["log"] if "loss" in entry] == [2, 4, 6, 8]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_both_with_one_sentence(two_processes):
+    first, second = two_processes["not_finite"]
+    assert [first["status"], second["status"]] == [2, 2]
+    assert sentences([first]) == []
+    (told,) = sentences([second])
+    assert told.startswith("error: loss term 'student_space' is not finite, so training stops;")
+    assert not (two_processes.folder / "not_finite" / "model.safetensors").exists()
 
 
 @pytest.mark.slow

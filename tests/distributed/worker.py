@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import io
+import itertools
 import json
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,8 +26,12 @@ import data_parallel_cases as cases
 import vocabridge.evaluation.evaluate
 import vocabridge.evaluation.generation
 from vocabridge import cli
+from vocabridge.checkpoint_files import checkpoints as checkpoints_of
+from vocabridge.checkpoint_files import damage
 from vocabridge.errors import UserError
+from vocabridge.objectives.dskd_cma import DskdCma
 from vocabridge.ranks import launched_ranks
+from vocabridge.trainer import DistillationTrainer
 
 RANK = 0
 
@@ -188,6 +196,42 @@ def resume(folder: Path) -> dict[str, Any]:
     }
 
 
+def preempted(folder: Path) -> dict[str, Any]:
+    """An undisturbed run; then SIGTERM to the second rank alone, within an epoch and in the last step of one."""
+    original = DistillationTrainer.compute_loss
+
+    def stopped_in(step: int) -> dict[str, Any]:
+        def compute_loss(self: DistillationTrainer, *args: Any, **options: Any) -> Any:
+            if RANK == 1 and self.state.global_step + 1 == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, *args, **options)
+
+        words = cases.long_distill_words(folder, folder / f"stopped_in_{step}")
+        with patch.object(DistillationTrainer, "compute_loss", compute_loss):
+            stopped = command(words)
+        torch.distributed.barrier()
+        left = {path.name: damage(path) for path in checkpoints_of(folder / f"stopped_in_{step}")}
+        torch.distributed.barrier()
+        return {"stopped": stopped, "left": left, "resumed": command([*words, "--resume"])}
+
+    whole = command(cases.long_distill_words(folder, folder / "undisturbed"))
+    return {"whole": whole, **{str(step): stopped_in(step) for step in (3, 4)}}
+
+
+def not_finite(folder: Path) -> dict[str, Any]:
+    """A term is NaN on the second rank alone, in the third step."""
+    original, called = DskdCma.forward, itertools.count(1)
+
+    def forward(self: DskdCma, *given: Any) -> Any:
+        terms = original(self, *given)
+        if next(called) == 3 and RANK == 1:
+            terms["student_space"] = dataclasses.replace(terms["student_space"], sum=torch.tensor(float("nan")))
+        return terms
+
+    with patch.object(DskdCma, "forward", forward):
+        return command(cases.long_distill_words(folder, folder / "not_finite"))
+
+
 def large_value(folder: Path) -> dict[str, Any]:
     """More than the store takes at once, in both directions, and fewer items than processes."""
     data = bytes(range(256)) * 40_000
@@ -219,6 +263,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "cache_teacher": cache_teacher,
     "distill": distill,
     "resume": resume,
+    "preempted": preempted,
     "large_value": large_value,
 }
 
@@ -228,6 +273,8 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     RANK = torch.distributed.get_rank()
     seen = run(Path(sys.argv[1]), sys.argv[2:])
-    (Path(sys.argv[1]) / f"rank{RANK}.json").write_text(json.dumps(seen), encoding="utf-8")
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    # The last one: a process that fails in training ends, which the other one notices when it wants to average with it.
+    seen["not_finite"] = not_finite(Path(sys.argv[1]))
+    (Path(sys.argv[1]) / f"rank{RANK}.json").write_text(json.dumps(seen), encoding="utf-8")
+    os._exit(0)
