@@ -165,5 +165,5 @@ def lacks_evaluation(args: TrainingArguments, state: TrainerState) -> bool:
     """
     if args.eval_strategy != IntervalStrategy.EPOCH or (state.epoch or 0) < args.eval_delay:
         return False
-    entries = [entry for entry in state.log_history if entry["step"] == state.global_step]
+    entries = [entry for entry in state.log_history if entry.get("step") == state.global_step]
     return not any(name.startswith("eval_") for entry in entries for name in entry)
