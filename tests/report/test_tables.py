@@ -156,9 +156,9 @@ def test_distances_before_halfway_and_after(report: Report) -> None:
     table = trained(report).before_after
     assert table is not None
     rows = {(row[0], row[1]): row for row in texts(table)}
-    assert {variant for variant, _ in rows} == {"cma", "cma_ga"}
+    assert {variant for variant, _ in rows} == {"cma (baseline)", "cma_ga"}
     series = [run.log["probe/mmd_squared"] for run in report.runs_of("cma")]
-    row = rows["cma", "MMD\u00b2, kernels of the pooled sample"]
+    row = rows["cma (baseline)", "MMD\u00b2, kernels of the pooled sample"]
     for column, step in ((3, 0), (4, 20), (5, 60)):
         values = [points[step] for points in series]
         assert row[column] == f"{fmean(values):.3g} \u00b1 {stdev(values):.2g}"
@@ -168,7 +168,7 @@ def test_distances_before_halfway_and_after(report: Report) -> None:
     difference, p_value = rows["cma_ga", "MMD\u00b2, kernels of the pooled sample"][6:]
     assert difference == f"{fmean(ours) - fmean(theirs):+.2g}"
     assert p_value in ("0.250", "0.500", "0.750", "1.000"), "what the sign flips of three seeds can give"
-    assert rows["cma", "Two-sample classifier accuracy"][2] == "2"  # one seed has none
+    assert rows["cma (baseline)", "Two-sample classifier accuracy"][2] == "2"  # one seed has none
 
 
 def test_probe_tables_have_intervals(report: Report) -> None:

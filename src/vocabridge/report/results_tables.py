@@ -56,7 +56,7 @@ def _table(study: StudyRecord, metric: Metric, *, scope: str, domain: str) -> Ta
     rows = []
     for variant in study.variants:
         if variant in summaries:
-            row = [words(_title(study, variant)), *_summary_cells(summaries[variant])]
+            row = [words(variant_title(study, variant)), *_summary_cells(summaries[variant])]
             row += _comparison_cells(comparisons.get(variant), metric, with_power=with_power)
             rows.append(tuple(row))
     caption = f"{METRIC_TITLES[metric][0].upper()}{METRIC_TITLES[metric][1:]}, {scope_title(scope, domain)}"
@@ -64,7 +64,8 @@ def _table(study: StudyRecord, metric: Metric, *, scope: str, domain: str) -> Ta
     return Table(caption + unit, tuple(headings), tuple(rows))
 
 
-def _title(study: StudyRecord, variant: str) -> str:
+def variant_title(study: StudyRecord, variant: str) -> str:
+    """The variant, and what it is compared with where that is not the study's baseline."""
     if (baseline := study.baseline_of(variant)) != study.baseline:
         return f"{variant} (against {baseline})"
     return f"{variant} (baseline)" if variant == study.baseline else variant

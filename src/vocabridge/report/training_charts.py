@@ -11,7 +11,7 @@ from vocabridge.report.collect import Report, Run
 from vocabridge.report.curves import band, thinned
 from vocabridge.report.figures import LineStyle, VariantCurves, curve_figure
 from vocabridge.report.metric_names import MetricName, metric_name
-from vocabridge.report.results_tables import p_cell
+from vocabridge.report.results_tables import p_cell, variant_title
 from vocabridge.report.study_record import MeasurementComparisonRecord
 from vocabridge.report.view import MISSING, Cell, Chart, Table, number, words
 
@@ -139,6 +139,7 @@ def _before_after(report: Report) -> Table | None:
     against = {(each.variant, each.name): each for each in compared}
     names = sorted(name for name in {name for run in report.runs for name in run.log} if name.startswith("probe/"))
     for variant in report.variants:
+        shown = variant_title(report.study, variant) if report.study else variant
         for name in names:
             series = [points for run in report.runs_of(variant) if (points := _finite(run, name))]
             if any(len(points) > 1 for points in series):
@@ -146,7 +147,7 @@ def _before_after(report: Report) -> Table | None:
                 cells = (_mean_cell(values) for values in moments)
                 title = words(metric_name(name).title)
                 comparison = _compared_cells(against.get((variant, name)))
-                rows.append((words(variant), title, number(len(series), "{}"), *cells, *comparison))
+                rows.append((words(shown), title, number(len(series), "{}"), *cells, *comparison))
     headings = ("variant", "measure", "seeds", "before training", "halfway", "after training", "difference", "p, seeds")
     caption = (
         "Queries and keys on a fixed probe set: mean \u00b1 standard deviation over seeds; difference after training"
