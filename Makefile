@@ -47,10 +47,10 @@ test: venv ## Run the tests
 test-gradients: venv ## Compare the gradients of one process and two, and of accumulated batches (about a minute)
 	GRADIENT_REPORT=docs/reliability/gradients.json $(BIN)/python -m pytest tests/distributed/test_gradients.py
 
-test-faults: venv ## Kill every long command at 20 random moments each, and compare what comes of it (about 5 minutes)
+test-faults: venv ## Kill every long command at 20 random moments each, and compare what comes of it (about 3 minutes)
 	$(BIN)/python tests/faults/run.py --kills 20 --json docs/reliability/faults.json
 
-test-fuzz: venv ## Throw 110,000 recipes, data files and texts at what reads them (about 10 minutes)
+test-fuzz: venv ## Throw 110,000 recipes, data files and texts at what reads them (about 5 minutes)
 	$(BIN)/python tests/fuzz/run.py --inputs 100000 --json docs/reliability/fuzz.json
 
 check: venv ## Lint, formatting, types, and what can be told about the dependencies offline
