@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -116,6 +117,15 @@ def fuzz(name: str, inputs: int, *, number: int) -> Figures:
     return Figures(name, sum(outcomes.values()), outcomes["read"], outcomes["refused"], seconds, failures)
 
 
+def fuzz_in_own_process(name: str, inputs: int, *, number: int = 0) -> dict[str, Any]:
+    """The fields of the target's :class:`Figures`; the seed decides the inputs, so the order of sets is fixed, too."""
+    words = [sys.executable, __file__, "--child", name, "--inputs", str(inputs), "--seed", str(number)]
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    ended = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
 def _shown(error: Exception) -> str:
     """The last steps to an error, the error, and the input that hypothesis noted on it."""
     lines = traceback.format_exception(error)
@@ -137,10 +147,7 @@ def main() -> int:
     found = []
     for name in options.targets:
         inputs = max(1, round(options.inputs * SHARES[name]))
-        words = [sys.executable, __file__, "--child", name, "--inputs", str(inputs), "--seed", str(options.seed)]
-        figures = json.loads(
-            subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-        )
+        figures = fuzz_in_own_process(name, inputs, number=options.seed)
         print(f"{name}: {figures['inputs']:,} inputs, {figures['read']:,} read, {figures['refused']:,} refused, "
               f"{len(figures['failures'])} failures, {figures['seconds']} s", flush=True)  # fmt: skip
         print(*figures["failures"], sep="\n", end="", flush=True)
