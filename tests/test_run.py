@@ -255,8 +255,11 @@ def test_a_checkpoint_that_does_not_tell_its_steps_is_taken_with_the_same_batche
     assert distill(load_recipe(recipe_file, LONGER), resume=True).steps == 6
 
 
-def test_checkpoints_of_weights_alone_end_a_run_and_start_none(recipe_file, tmp_path):
-    options = ["training.save_only_model=true", "training.lr_scheduler_type=constant"]
+@pytest.mark.parametrize("evaluated", [(), ("data.validation=train.jsonl", "training.eval_strategy=epoch")])
+def test_checkpoints_of_weights_alone_end_a_run_and_start_none(recipe_file, tmp_path, monkeypatch, evaluated):
+    """Also where the last one was written before the evaluation at the epoch's end, as ``save_steps`` does."""
+    monkeypatch.chdir(tmp_path)
+    options = ["training.save_only_model=true", "training.lr_scheduler_type=constant", *evaluated]
     distill(load_recipe(recipe_file, options))
     before = contents(tmp_path / "run")
     with pytest.raises(UserError, match=r"checkpoint-4 lacks optimizer\.pt, scheduler\.pt, rng_state\*\.pth, as with"):

@@ -197,7 +197,7 @@ def _start_of(run_dir: Path, recipe: Recipe, arguments: DistillationConfig) -> _
 
 def _is_end(state: TrainerState, arguments: DistillationConfig) -> bool:
     """Whether a checkpoint is the end of the training that is asked for."""
-    if lacks_evaluation(arguments, state):
+    if lacks_evaluation(arguments, state) and not arguments.save_only_model:  # nothing can go on from weights alone
         return False
     if arguments.max_steps > 0:
         return state.global_step >= arguments.max_steps

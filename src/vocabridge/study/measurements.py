@@ -1,8 +1,8 @@
 """What finished runs logged at the start and at the end of training, and how the variants differ in it.
 
 Two kinds of quantities: those on the probe set (``probe/...``: distances between queries and keys, attention in the
-right chunk), which all runs measure on the same rows, and the terms of the loss (``loss/...``), which the last step's
-rows give.
+right chunk), which all runs of this version measure on the same rows (earlier ones chose them by seed), and the terms
+of the loss (``loss/...``), which the last step's rows give.
 """
 
 from __future__ import annotations
