@@ -79,10 +79,8 @@ class MeasurementComparisonRecord(_Record):
     variant: str
     name: str
     baseline: str
-    seeds: tuple[int, ...]
     difference: float
     seeds_p_holm: float
-    seeds_smallest_p: float
 
 
 class Power(_Record):
