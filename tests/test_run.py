@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -253,6 +254,24 @@ def test_a_checkpoint_that_does_not_tell_its_steps_is_taken_with_the_same_batche
     with pytest.raises(UserError, match=r"other values of training\.gradient_accumulation_steps, training\.per_device"):
         distill(load_recipe(recipe_file, [*LONGER, *smaller]), resume=True)
     assert distill(load_recipe(recipe_file, LONGER), resume=True).steps == 6
+
+
+@pytest.mark.parametrize("save_total_limit", [1, 3])
+def test_the_last_checkpoint_knows_the_evaluation_at_the_end_of_its_epoch(recipe_file, monkeypatch, save_total_limit):
+    """So a run that is over is not trained, evaluated or refused again when it is resumed."""
+    monkeypatch.chdir(recipe_file.parent)
+    options = ["data.validation=train.jsonl", "training.eval_strategy=epoch", "training.metric_for_best_model=loss"]
+    options += [
+        f"training.save_total_limit={save_total_limit}",
+        "training.save_strategy=steps",
+        "training.save_steps=2",
+    ]
+    distill(load_recipe(recipe_file, options))
+    state = json.loads(Path("run/checkpoint-4/trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2, 4]
+    log = Path("run/metrics.jsonl").read_text()
+    assert distill(load_recipe(recipe_file, options), resume=True).steps == 4
+    assert Path("run/metrics.jsonl").read_text() == log, "nothing was trained or evaluated again"
 
 
 @pytest.mark.parametrize("evaluated", [(), ("data.validation=train.jsonl", "training.eval_strategy=epoch")])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from vocabridge.batching import LengthGroupingTrainer
@@ -158,10 +158,31 @@ class ResumableTrainer(LengthGroupingTrainer):
         return f"log_window{rank}.json"
 
 
+class SaveAgainCallback(TrainerCallback):
+    """Writes the checkpoint of an epoch's last step again, with the evaluation that the epoch ends with.
+
+    ``save_strategy: steps`` saves when the step ends, which is before; the best checkpoint would not be known there.
+    """
+
+    def __init__(self) -> None:
+        self._saved_step = -1
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remember the step."""
+        self._saved_step = state.global_step
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for another save after the evaluation."""
+        if control.should_evaluate and self._saved_step == state.global_step:
+            control.should_save = True
+
+
 def lacks_evaluation(args: TrainingArguments, state: TrainerState) -> bool:
     """Whether a checkpoint of an epoch's last step was written before the evaluation that the epoch ends with.
 
-    ``save_strategy: steps`` does so, and a kill may come between the two.
+    So it is when a kill came before :class:`SaveAgainCallback`.
     """
     if args.eval_strategy != IntervalStrategy.EPOCH or (state.epoch or 0) < args.eval_delay:
         return False

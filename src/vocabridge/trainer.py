@@ -51,6 +51,7 @@ from vocabridge.pairs import (
     StreamingPairs,
     pad_token_id,
 )
+from vocabridge.resuming import SaveAgainCallback
 from vocabridge.sharding import fsdp_plugin, gather_for, start_alike, use_fsdp
 from vocabridge.suggest import did_you_mean
 from vocabridge.training_arguments import DistillationConfig
@@ -161,6 +162,7 @@ class DistillationTrainer(OptimizingTrainer):
         self._tally: dict[str, Tensor] = {}
         self._probe_batch: PairBatch | None = None
         self._checked = False
+        self.add_callback(SaveAgainCallback())
         if args.diagnostics_steps:
             self.add_callback(DiagnosticsCallback(self.measure_distributions, self.log))
 
