@@ -32,6 +32,7 @@ LAYERS: list[set[str]] = [
     | {"checkpoint_contents", "rehearsal", "hub"},
     {"batching", "sharded_state", "step_rows"},
     {"resuming"},
+    {"run_start"},
     {"checkpointing"},
     {"optimizing"},
     {"trainer"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState,
 
 from vocabridge.cache_teacher import Processes, cache_teacher
 from vocabridge.checkpoint_contents import read_state
-from vocabridge.checkpoint_files import check_whole, last_whole_checkpoint
+from vocabridge.checkpoint_files import check_whole
 from vocabridge.durable import write_in_one_piece
 from vocabridge.errors import UserError, one_line
 from vocabridge.evaluation.engine import GenerationSettings
@@ -35,44 +34,20 @@ from vocabridge.models.loading import load_student, load_teacher, load_tokenizer
 from vocabridge.models.spec import ModelSpec
 from vocabridge.pairs import PairTokenizer, StreamingPairs
 from vocabridge.ranks import Ranks, launched_ranks
-from vocabridge.recipe import EvaluationSettings, Recipe, recipe_from_values
-from vocabridge.recipe.loading import read_recipe_file
-from vocabridge.recipe.yaml_text import read_mapping
-from vocabridge.resuming import lacks_evaluation
+from vocabridge.recipe import EvaluationSettings, Recipe
 from vocabridge.run_record import write_run_record
+from vocabridge.run_start import RECIPE_FILE, RUN_FILES, Start, check_folder, start_of
 from vocabridge.saving import (
     OBJECTIVE_FILE,
-    finish_publishing,
     load_parts,
     load_student_weights,
     publish,
     save_student,
     staged_folder,
 )
-from vocabridge.step_rows import STEP_ROWS_FILE
 from vocabridge.text import Example
 from vocabridge.trainer import DistillationTrainer
 from vocabridge.training_arguments import DistillationConfig
-
-logger = logging.getLogger(__name__)
-
-_RECIPE_FILE = "recipe.yaml"
-_RUN_FILES = (_RECIPE_FILE, "run.json")
-_FREE_KEYS = (
-    "evaluation.",
-    "teacher.cache",
-    *(f"training.{name}" for name in ("max_steps", "num_train_epochs", "save_", "logging_", "eval_", "diagnostics_")),
-    *(f"training.{name}" for name in ("disable_tqdm", "output_dir", "dataloader_", "per_device_eval_")),
-    *(f"training.{name}" for name in ("report_to", "push_to_hub", "hub_")),
-)
-"""What may change between a run and its resumption: how long it trains and what is seen of it. Optimizer settings may
-not: the checkpoint's own would go on, and the recipe would record others."""
-_BATCH_KEYS = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
-"""May change with the number of processes, where the checkpoint tells how many rows a step had."""
-_FIXED_KEYS = ("training.dataloader_drop_last", "training.save_only_model")
-"""Not free though their names begin so: an epoch would have other steps; nothing could go on from the checkpoints."""
-_FIXED_OF_STREAMS = ("training.dataloader_num_workers",)
-"""Workers share the rows of a stream out among themselves, so that its order depends on their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +83,9 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
 def _distill(recipe: Recipe, ranks: Ranks, *, resume: bool, overwrite: bool) -> RunResult:
     run_dir = Path(recipe.training.output_dir)
     arguments = _training_arguments(recipe)
-    ranks.on_first(lambda: _check_folder(run_dir, recipe, resume=resume, overwrite=overwrite))
+    ranks.on_first(lambda: check_folder(run_dir, recipe, resume=resume, overwrite=overwrite))
     # The first rank looks for all, for it reads the files from end to end.
-    start = ranks.on_first(lambda: _start_of(run_dir, recipe, arguments)) if resume else _Start()
+    start = ranks.on_first(lambda: start_of(run_dir, recipe, arguments)) if resume else Start()
     with _without_traces(run_dir, ranks):
         set_seed(arguments.seed)  # LoRA and projectors start at random, before the trainer sets its own seed
         trainer = _build_trainer(recipe, arguments, ranks)
@@ -170,41 +145,7 @@ def _writing(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """Where training begins."""
-
-    checkpoint: Path | None = None
-    goes_on: bool = True
-    """There are steps left to train."""
-
-
-def _start_of(run_dir: Path, recipe: Recipe, arguments: DistillationConfig) -> _Start:
-    """Where a resumption begins; checks what of the recipe may have changed for that.
-
-    Raises:
-        UserError: all checkpoints are damaged, or more of the recipe has changed than may.
-    """
-    finish_publishing(run_dir)
-    checkpoint = last_whole_checkpoint(run_dir)
-    goes_on = checkpoint is None or not _is_end(read_state(checkpoint), arguments)
-    steps_are_compared = checkpoint is not None and goes_on and (checkpoint / STEP_ROWS_FILE).is_file()
-    changed = _check_same_recipe(run_dir / _RECIPE_FILE, recipe, batches_may_change=steps_are_compared)
-    if changed:
-        logger.warning("resuming with changed settings: %s", ", ".join(changed))
-    return _Start(checkpoint, goes_on)
-
-
-def _is_end(state: TrainerState, arguments: DistillationConfig) -> bool:
-    """Whether a checkpoint is the end of the training that is asked for."""
-    if lacks_evaluation(arguments, state) and not arguments.save_only_model:  # nothing can go on from weights alone
-        return False
-    if arguments.max_steps > 0:
-        return state.global_step >= arguments.max_steps
-    return state.num_train_epochs == arguments.num_train_epochs and state.global_step >= state.max_steps
-
-
-def _train(trainer: DistillationTrainer, start: _Start, *, is_stream: bool) -> None:
+def _train(trainer: DistillationTrainer, start: Start, *, is_stream: bool) -> None:
     """Train, from the checkpoint if there is one; a checkpoint that was the end is only loaded.
 
     ``Trainer`` looks at ``max_steps`` after a step only, so it would give a finished run one step too many.
@@ -251,7 +192,7 @@ def _claim(run_dir: Path, recipe: Recipe, facts: dict[str, Any], *, overwrite: b
         if overwrite:
             _empty(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_in_one_piece(run_dir / _RECIPE_FILE, recipe.resolved_yaml())
+        write_in_one_piece(run_dir / RECIPE_FILE, recipe.resolved_yaml())
         write_run_record(run_dir, **facts)
         if is_fresh:  # of a run that was killed before its first checkpoint: its steps are about to be trained again
             (run_dir / METRICS_FILE).unlink(missing_ok=True)
@@ -259,7 +200,7 @@ def _claim(run_dir: Path, recipe: Recipe, facts: dict[str, Any], *, overwrite: b
 
 def _empty(run_dir: Path) -> None:
     """Delete what is in a run folder, its recipe last: a kill must not leave checkpoints that are anybody's."""
-    for path in sorted(run_dir.iterdir() if run_dir.is_dir() else (), key=lambda path: path.name in _RUN_FILES):
+    for path in sorted(run_dir.iterdir() if run_dir.is_dir() else (), key=lambda path: path.name in RUN_FILES):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -297,78 +238,6 @@ def _cached_teacher(
         processes=processes,
         progress=not arguments.disable_tqdm,
     )
-
-
-def _check_folder(run_dir: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    used = run_dir.is_dir() and any(run_dir.iterdir())
-    is_run = any((run_dir / name).exists() for name in _RUN_FILES) or any(run_dir.glob("checkpoint-*"))
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"training.output_dir: {run_dir} is a file; name a folder.")
-    if used and overwrite:
-        if not is_run:
-            raise UserError(
-                f"training.output_dir: {run_dir} does not look like a run folder (no {' or '.join(_RUN_FILES)}), "
-                "so --overwrite does not delete it; empty it yourself or name another folder."
-            )
-    elif used and not resume:
-        raise UserError(
-            f"training.output_dir: {run_dir} is not empty; add --resume to go on from its last checkpoint, "
-            "--overwrite to delete it, or name another folder."
-        )
-    elif used and not is_run and not all(map(_may_come_before_a_run, run_dir.iterdir())):
-        raise UserError(
-            f"training.output_dir: {run_dir} does not look like a run folder (no {' or '.join(_RUN_FILES)}), so there "
-            "is nothing to resume; name another folder."
-        )
-    elif used:
-        _check_same_recipe(run_dir / _RECIPE_FILE, recipe, batches_may_change=True)  # until the checkpoint is known
-
-
-def _may_come_before_a_run(path: Path) -> bool:
-    """A study's own files, hidden ones, and what a kill left half written."""
-    return path.name.startswith(("study", ".")) or path.suffix == ".tmp"
-
-
-def _check_same_recipe(path: Path, recipe: Recipe, *, batches_may_change: bool) -> list[str]:
-    """A resumed run must be the same experiment; only how long it trains and what is measured may change.
-
-    Returns:
-        The settings that have changed and may.
-
-    Raises:
-        UserError: others have.
-    """
-    if not path.is_file():
-        return []
-    try:
-        before = read_recipe_file(path).values
-    except UserError as error:
-        raise UserError(f"{error} Without it the run cannot be resumed; start anew with --overwrite.") from error
-    with suppress(UserError):  # what a version before did not know stood at its default; else the keys below tell
-        before = _resolved(recipe_from_values(before))
-    now = _resolved(recipe)
-    free = (*_FREE_KEYS, *_BATCH_KEYS) if batches_may_change else _FREE_KEYS
-    never = (*_FIXED_KEYS, *_FIXED_OF_STREAMS) if recipe.data.streaming else _FIXED_KEYS
-    found: list[str] = []
-    for section in sorted(set(before) | set(now)):
-        changed = sorted(_changed_keys(section, before.get(section), now.get(section)))
-        fixed = [key for key in changed if key in never or not key.startswith(free)]
-        if fixed:
-            raise UserError(
-                f"{path}: the run was started with other values of {', '.join(fixed)}; resume with the same recipe, "
-                "or start anew with --overwrite."
-            )
-        found += changed
-    return found
-
-
-def _resolved(recipe: Recipe) -> dict[str, Any]:
-    return read_mapping(recipe.resolved_yaml(), source="recipe").values
-
-
-def _changed_keys(section: str, old: Any, new: Any) -> set[str]:
-    old, new = old if isinstance(old, dict) else {}, new or {}
-    return {f"{section}.{key}" for key in set(old) | set(new) if old.get(key) != new.get(key)}
 
 
 def _training_arguments(recipe: Recipe) -> DistillationConfig:
