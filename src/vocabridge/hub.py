@@ -17,6 +17,9 @@ _SUFFIXES = frozenset((".safetensors", ".json", ".jsonl", ".yaml", ".md", ".jinj
 _FOLDERS = (".", "adapter", "additional_chat_templates")
 """Not checkpoints, nor answers of an evaluation, which repeat its prompts."""
 
+_NOT_FOR_OTHERS = ("checkpoint-*", "evaluation/*", "study*", "*.bin", "*.pt", ".*")
+"""The same for who uploads a folder with a command that knows patterns to leave out."""
+
 
 def upload_run(
     run_dir: Path,
@@ -54,12 +57,19 @@ def upload_run(
             revision=revision or args.hub_revision,
         )
     except Exception as error:  # the hub's client raises what its network library raises
-        command = shlex.join(("hf", "upload", repository, str(run_dir), ".", "--exclude", "checkpoint-*"))
+        command = shlex.join(_by_hand(repository, run_dir, revision or args.hub_revision, is_private=bool(private)))
         raise UserError(
             f"{run_dir}: the run is finished and whole in its folder, but was not uploaded ({one_line(error)}); do it "
             f"by hand: {command}"
         ) from error
     return commit.commit_url
+
+
+def _by_hand(repository: str, run_dir: Path, revision: str | None, *, is_private: bool) -> list[str]:
+    """A command that uploads what a run folder has for others; it cannot leave out links."""
+    excluded = [word for pattern in _NOT_FOR_OTHERS for word in ("--exclude", pattern)]
+    branch = ["--revision", revision] if revision else []
+    return ["hf", "upload", repository, str(run_dir), ".", *excluded, *branch, *(["--private"] if is_private else [])]
 
 
 def files_to_upload(run_dir: Path) -> list[str]:

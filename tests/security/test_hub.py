@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from tiny_pair import ROWS, student_model
 from vocabridge.errors import UserError
-from vocabridge.hub import upload_run
+from vocabridge.hub import files_to_upload, upload_run
 from vocabridge.recipe import load_recipe
 from vocabridge.run import distill
 from vocabridge.trainer import DistillationTrainer
@@ -109,7 +111,15 @@ def test_a_push_that_fails_leaves_the_run_whole_and_says_how_to_do_it_by_hand(
     assert told.startswith(
         f"{run}: the run is finished and whole in its folder, but was not uploaded (the hub is down)"
     )
-    assert told.endswith(f"hf upload me/run {run} . --exclude 'checkpoint-*'")
+    words = shlex.split(told.partition("by hand: ")[2])
+    assert words[:5] == ["hf", "upload", "me/run", str(run), "."]
+    excluded = [pattern for option, pattern in pairwise(words) if option == "--exclude"]
+    names = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()]
+    by_hand = set(filter_repo_objects([*names, ".secret.json", "study.log"], ignore_patterns=excluded))
+    assert by_hand == set(files_to_upload(run)), "what the upload itself sends"
+    assert by_hand >= STUDENT | RECORDS
+    assert any(name.startswith("evaluation/") for name in names)
+    assert any(name.startswith("checkpoint-2/") for name in names)
     assert {path.name for path in run.iterdir()} >= STUDENT | RECORDS | {"evaluation", "checkpoint-2"}
     AutoModelForCausalLM.from_pretrained(run)
 

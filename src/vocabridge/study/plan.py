@@ -258,7 +258,8 @@ def _problems_of_hub(recipes: Iterable[Recipe]) -> Iterator[Problem]:
         yield Problem(
             ("base",),
             "or a variant sets training.push_to_hub, so that runs would overwrite each other on the hub; leave it out "
-            "and upload the run that you choose: hf upload REPOSITORY RUN_FOLDER . --exclude 'checkpoint-*'.",
+            "and upload the run that you choose: hf upload REPOSITORY RUN_FOLDER . --exclude 'checkpoint-*' "
+            "--exclude 'evaluation/*' --exclude 'study*' --exclude '.*'.",
         )
 
 
