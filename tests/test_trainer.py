@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,29 @@ def test_a_checkpoint_of_weights_alone_is_not_trained_from(make_trainer):
     again = make_trainer(GAN, max_steps=6, folder="again")
     with pytest.raises(UserError, match=r"checkpoint-4 lacks optimizer\.pt"):
         again.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-4")
+
+
+def test_resuming_from_python_finds_and_checks_checkpoints_as_the_command_does(make_trainer):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(GAN, **options)
+    with pytest.raises(UserError, match="has no checkpoint to resume from"):
+        whole.train(resume_from_checkpoint=True)
+    whole.train()
+    folder = Path(whole.args.output_dir)
+    with pytest.raises(UserError, match="steps of 4 rows, and now a step would hold 2"):
+        make_trainer(GAN, **options, per_device_train_batch_size=2).train(resume_from_checkpoint=True)
+    with (folder / "checkpoint-4" / "objective.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(UserError, match="checkpoint-4"):
+        make_trainer(GAN, **options).train(resume_from_checkpoint=folder / "checkpoint-4")
+    for given in (True, folder / "checkpoint-2"):
+        again = make_trainer(GAN, **options)
+        again.train(resume_from_checkpoint=given)
+        assert losses(again) == losses(whole)
+        shutil.rmtree(folder / "checkpoint-4")
 
 
 def test_failed_saving_leaves_earlier_checkpoints_whole(make_trainer, monkeypatch, tmp_path):

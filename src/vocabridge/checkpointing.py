@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from vocabridge.checkpoint_contents import DEEPSPEED_FILE, check_goes_on
-from vocabridge.checkpoint_files import retire
+from vocabridge.checkpoint_files import last_whole_checkpoint, retire
 from vocabridge.distillation_model import DistillationModel
 from vocabridge.durable import write_in_one_piece
 from vocabridge.errors import UserError
@@ -24,7 +26,7 @@ from vocabridge.hub import upload_run
 from vocabridge.metrics_log import METRICS_FILE
 from vocabridge.objectives.base import Objective
 from vocabridge.resuming import ResumableTrainer
-from vocabridge.saving import STAGING, load_parts, publish, save_parts, staged_folder
+from vocabridge.saving import STAGING, finish_publishing, load_parts, publish, save_parts, staged_folder
 from vocabridge.sharded_state import gather_optimizer, gather_weights, load_optimizer, load_weights
 from vocabridge.sharding import is_sharded
 
@@ -65,6 +67,28 @@ class CheckpointingTrainer(ResumableTrainer):
     def is_engine_running(self) -> bool:
         """Whether FSDP or DeepSpeed has taken the model over already, which they do when training starts."""
         return is_sharded(cast(nn.Module, self.model)) if self.is_fsdp_enabled else self.deepspeed is not None
+
+    # --- find ---------------------------------------------------------------------------------------------------------
+
+    def checkpoint_to_resume(self, given: str | os.PathLike[str] | bool | None) -> str | None:
+        """The folder that ``resume_from_checkpoint`` means; of True the last whole one of ``output_dir``.
+
+        Raises:
+            UserError: there is none, or none is whole.
+        """
+        if not isinstance(given, bool):
+            return None if given is None else os.fspath(given)
+        found = [self._on_first(self._last_whole_checkpoint) if given else None]
+        broadcast_object_list(found)  # the first rank looks for all, for it reads the files from end to end
+        return found[0]
+
+    def _last_whole_checkpoint(self) -> str:
+        run_dir = Path(str(self.args.output_dir))
+        finish_publishing(run_dir)
+        checkpoint = last_whole_checkpoint(run_dir)
+        if checkpoint is None:
+            raise UserError(f"{run_dir} has no checkpoint to resume from; name one, or start anew without.")
+        return str(checkpoint)
 
     # --- write --------------------------------------------------------------------------------------------------------
 
@@ -119,11 +143,11 @@ class CheckpointingTrainer(ResumableTrainer):
             )
         )
 
-    def _on_first(self, upload: Callable[[], str]) -> str | None:
-        addresses: list[str] = []
+    def _on_first(self, make: Callable[[], str]) -> str | None:
+        made: list[str] = []
         first = self.is_world_process_zero()
-        on_all_ranks(self.args, lambda: addresses.append(upload()) if first else None)
-        return addresses[0] if addresses else None
+        on_all_ranks(self.args, lambda: made.append(make()) if first else None)
+        return made[0] if made else None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: ``transformers`` would pickle its arguments, and upload folders that are renamed meanwhile."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -186,20 +187,25 @@ class DistillationTrainer(OptimizingTrainer):
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """As ``transformers.Trainer.train``, after the start-up check of both heads on one batch."""
+        """As ``transformers.Trainer.train``, after the start-up check of both heads on one batch.
+
+        Raises:
+            UserError: models or checkpoint cannot be used.
+        """
         self.check_models()
-        if isinstance(resume_from_checkpoint, str):
-            self.check_engine_of(Path(resume_from_checkpoint))
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+        if checkpoint is not None:
+            self.check_engine_of(Path(checkpoint))
         if self.args.torch_compile:  # not before the check, whose few small batches would each be compiled
             teacher = self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
             compile_trunks([self.student, teacher], str(self.args.torch_compile_backend), self.args.torch_compile_mode)
         self._tally = {}
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.interrupt.restore()
 
