@@ -162,6 +162,8 @@ class SaveAgainCallback(TrainerCallback):
     """Writes the checkpoint of an epoch's last step again, with the evaluation that the epoch ends with.
 
     ``save_strategy: steps`` saves when the step ends, which is before; the best checkpoint would not be known there.
+    Where ``max_steps`` cuts an epoch off, the checkpoint stays as it is, for a longer training must go on from it as if
+    it had never stopped there.
     """
 
     def __init__(self) -> None:
@@ -175,14 +177,15 @@ class SaveAgainCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ask for another save after the evaluation."""
-        if control.should_evaluate and self._saved_step == state.global_step:
+        is_whole = float(state.epoch or 0).is_integer()
+        if is_whole and control.should_evaluate and self._saved_step == state.global_step:
             control.should_save = True
 
 
 def lacks_evaluation(args: TrainingArguments, state: TrainerState) -> bool:
     """Whether a checkpoint of an epoch's last step was written before the evaluation that the epoch ends with.
 
-    So it is when a kill came before :class:`SaveAgainCallback`.
+    So it is when a kill came before :class:`SaveAgainCallback`, or ``max_steps`` cut the epoch off.
     """
     if args.eval_strategy != IntervalStrategy.EPOCH or (state.epoch or 0) < args.eval_delay:
         return False
